@@ -1,0 +1,44 @@
+# Everything runs in .venv, which is made on first use. PYTHON chooses the interpreter it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := src tests examples setup.py
+
+.PHONY: demo test test-slow quality style clean
+
+# The stamp is remade when the requirements change; an interrupted installation leaves none and is repeated.
+$(VENV)/installed: setup.py pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: apt-get install python3 (3.11 or newer)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than 3.11: install a newer one and pass it as PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "error: $(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	@command -v g++ >/dev/null || command -v c++ >/dev/null \
+		|| { echo "error: no C++ compiler, which torch.compile needs: apt-get install g++"; exit 1; }
+	@rm -f $@
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# Trains a tokenizer and a generator on real images, then samples from the saved pipeline: see examples/demo.py.
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/codespell $(SOURCES) README.md CHANGELOG.md Makefile
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache

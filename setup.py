@@ -1,0 +1,61 @@
+"""Packaging of maetok_hf; tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "src/maetok_hf/__init__.py").read_text(encoding="utf-8"), re.M)[
+    1
+]
+
+# Lower bounds are the oldest releases with the interfaces that the code uses; users choose their torch build.
+INSTALL_REQUIRES = [
+    "accelerate>=1.2",
+    "diffusers>=0.42",
+    "huggingface-hub>=1.0",
+    "numpy>=1.26",
+    "pillow>=10",
+    "safetensors>=0.4",
+    "torch>=2.6",
+]
+EXTRAS = {
+    "training": ["datasets>=4.0", "pyyaml>=6", "tensorboard>=2.15", "tqdm>=4.66"],
+    "lora": ["peft>=0.17", "transformers>=5"],
+}
+EXTRAS["demo"] = [*EXTRAS["training"], "mlxtend>=0.23"]
+EXTRAS["dev"] = [
+    *EXTRAS["demo"],
+    *EXTRAS["lora"],
+    "codespell>=2.3",
+    # pytest 10 drops the class-scoped instance fixtures that diffusers' test mixins use
+    "pytest>=8,<10",
+    "ruff>=0.9",
+    "scikit-learn>=1.5",
+]
+
+setup(
+    name="maetok_hf",
+    version=VERSION,
+    description="MAETok 1D image tokenizers and diffusion models on their latents, native to diffusers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"maetok_hf": ["py.typed"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

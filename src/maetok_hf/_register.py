@@ -1,0 +1,46 @@
+"""Make diffusers know this library's classes, as it knows its own.
+
+diffusers resolves the classes named in a `model_index.json` through two closed tables. Without an entry in them a
+saved pipeline would record inner module paths (so that moving a file breaks every checkpoint) and could not be loaded
+from the Hub.
+"""
+
+import diffusers
+from diffusers.hooks import _helpers as hook_helpers
+from diffusers.pipelines import pipeline_loading_utils
+
+from .models.autoencoder_mae import AutoencoderMAE
+from .models.layers import MAETokAttnProcessor, TransformerBlock
+from .models.transformer_sit import SiTTransformer1DModel
+from .pipelines.pipeline_maetok import MAETokDiffusionPipeline
+
+
+_LOADABLE = {
+    name: ["save_pretrained", "from_pretrained"] for name in ("ModelMixin", "SchedulerMixin", "DiffusionPipeline")
+}
+
+
+def _skip_attention(attn, hidden_states, *args, **kwargs):
+    """What attention returns when a layer-skipping guider leaves it out: its input."""
+    return hidden_states
+
+
+def register() -> None:
+    """Enter the library into diffusers' tables; calling it twice changes nothing."""
+    # saved pipelines name "maetok_hf" as the library of our components
+    pipeline_loading_utils.LOADABLE_CLASSES.setdefault("maetok_hf", dict(_LOADABLE))
+    # `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look the class name up on the diffusers
+    # module
+    for cls in (MAETokDiffusionPipeline, AutoencoderMAE, SiTTransformer1DModel):
+        setattr(diffusers, cls.__name__, cls)
+
+    # Caches and layer skipping look blocks and processors up by class. The registries' own `register` would first
+    # import every in-tree transformer, a second of import time, so the entries are made directly.
+    block = hook_helpers.TransformerBlockMetadata(
+        return_hidden_states_index=0, return_encoder_hidden_states_index=None
+    )
+    block._cls = TransformerBlock
+    hook_helpers.TransformerBlockRegistry._registry[TransformerBlock] = block
+    hook_helpers.AttentionProcessorRegistry._registry[MAETokAttnProcessor] = hook_helpers.AttentionProcessorMetadata(
+        skip_processor_output_fn=_skip_attention
+    )

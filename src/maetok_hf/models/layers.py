@@ -1,0 +1,240 @@
+"""The one attention, the one transformer block and their parts: every model of the library is a stack of these."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+
+def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Rotate adjacent channel pairs `(2j, 2j + 1)` of every head by its own angle.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, heads, head_dim)`): Queries or keys.
+        cos, sin (`torch.Tensor` of shape `(sequence_length, heads, head_dim // 2)`): Real-valued float32 tables.
+
+    Returns:
+        `torch.Tensor`: Shape and dtype of `hidden_states`; the rotation itself runs in float32.
+    """
+    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return rotated.flatten(-2).to(hidden_states.dtype)
+
+
+class MAETokAttnProcessor:
+    """Self-attention through diffusers' attention dispatcher, so that every attention backend of diffusers applies."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "MAETokAttention",
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+
+        # -1 absorbs the head count: under tensor parallelism a rank holds a slice of the heads
+        query = query.unflatten(-1, (-1, attn.head_dim))  # (B, S, heads, head_dim)
+        key = key.unflatten(-1, (-1, attn.head_dim))
+        value = value.unflatten(-1, (-1, attn.head_dim))
+
+        if rotary_emb is not None:
+            query = apply_rotary_emb(query, *rotary_emb)
+            key = apply_rotary_emb(key, *rotary_emb)
+
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = hidden_states.flatten(2, 3).to(query.dtype)  # (B, S, dim)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+class MAETokAttention(nn.Module, AttentionModuleMixin):
+    """
+    Multi-head self-attention with biased query, key, value and output projections.
+
+    Args:
+        dim (`int`): Width of the tokens.
+        num_attention_heads (`int`): Number of heads.
+        attention_head_dim (`int`): Channels per head.
+        processor (*optional*): Attention processor; defaults to [`MAETokAttnProcessor`].
+    """
+
+    _default_processor_cls = MAETokAttnProcessor
+    _available_processors = [MAETokAttnProcessor]
+    # read by diffusers' layer-skipping hooks, which look it up on every attention module
+    is_cross_attention = False
+
+    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, processor=None):
+        super().__init__()
+        self.heads = num_attention_heads
+        self.head_dim = attention_head_dim
+        self.inner_dim = num_attention_heads * attention_head_dim
+        self.use_bias = True
+
+        self.to_q = nn.Linear(dim, self.inner_dim)
+        self.to_k = nn.Linear(dim, self.inner_dim)
+        self.to_v = nn.Linear(dim, self.inner_dim)
+        self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, dim), nn.Dropout(0.0)])
+        self.set_processor(processor if processor is not None else self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, attention_mask, rotary_emb)
+
+
+class LayerScale(nn.Module):
+    """Learned per-channel scale of a residual branch (CaiT, arXiv 2103.17239, equation 2)."""
+
+    def __init__(self, dim: int, init_value: float):
+        super().__init__()
+        self.init_value = init_value
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init_value)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, drops a residual branch of a whole sample with `drop_prob`."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return hidden_states
+        keep_prob = 1 - self.drop_prob
+        shape = (hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1)
+        return hidden_states * (hidden_states.new_empty(shape).bernoulli_(keep_prob) / keep_prob)
+
+
+class Modulation(nn.Module):
+    """
+    SiLU, then one linear that gives `num_chunks` modulation terms.
+
+    Args:
+        conditioning_dim (`int`): Channels of the conditioning.
+        dim (`int`): Width of the tokens that are modulated.
+        num_chunks (`int`): Number of terms.
+    """
+
+    def __init__(self, conditioning_dim: int, dim: int, num_chunks: int):
+        super().__init__()
+        self.num_chunks = num_chunks
+        self.linear = nn.Linear(conditioning_dim, num_chunks * dim)
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(F.silu(conditioning)).chunk(self.num_chunks, dim=-1)
+
+
+def modulate_latents(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """
+    Scale and shift the trailing latent tokens of a sequence and leave the others alone.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): Tokens; the latents come last.
+        shift, scale (`torch.Tensor` of shape `(batch_size, num_latent_tokens, dim)`): Applied as `x * scale + shift`.
+
+    Returns:
+        `torch.Tensor`: Shape of `hidden_states`.
+    """
+    others = hidden_states.shape[1] - scale.shape[1]
+    latents = hidden_states[:, others:] * scale + shift
+    return torch.cat([hidden_states[:, :others], latents], dim=1)
+
+
+class TransformerBlock(nn.Module):
+    """
+    The pre-norm transformer block of every model here: attention, then MLP, each on a residual branch.
+
+    Args:
+        dim (`int`): Width of the tokens.
+        num_attention_heads (`int`): Number of heads.
+        attention_head_dim (`int`): Channels per head.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): Hidden width of the MLP over `dim`.
+        activation_fn (`str`, *optional*, defaults to `"gelu"`):
+            `"gelu"` (exact, tokenizer) or `"gelu-approximate"` (tanh, SiT).
+        modulation (`str`, *optional*):
+            What the conditioning does. `None`: nothing, the norms are affine and LayerScale scales the branches.
+            `"latent"`: the conditioning is the latents of shape `(batch_size, num_latent_tokens, conditioning_dim)`,
+            which scale and shift the trailing latent tokens after each norm. `"adaln_zero"`: it is one vector of shape
+            `(batch_size, conditioning_dim)`, which shifts, scales and gates every token (DiT, arXiv 2212.09748).
+        conditioning_dim (`int`, *optional*): Channels of the conditioning, if there is any.
+        layer_scale_init_value (`float`, *optional*, defaults to 1e-5): Initial LayerScale, without modulation only.
+        drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth of both branches, in training only.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        mlp_ratio: float = 4.0,
+        activation_fn: str = "gelu",
+        modulation: Literal["latent", "adaln_zero"] | None = None,
+        conditioning_dim: int | None = None,
+        layer_scale_init_value: float = 1e-5,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.modulation_type = modulation
+        affine = modulation is None
+        if modulation is not None:
+            self.modulation = Modulation(conditioning_dim, dim, 4 if modulation == "latent" else 6)
+
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+        self.attn = MAETokAttention(dim, num_attention_heads, attention_head_dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=activation_fn)
+        self.scale1 = LayerScale(dim, layer_scale_init_value) if affine else nn.Identity()
+        self.scale2 = LayerScale(dim, layer_scale_init_value) if affine else nn.Identity()
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if self.modulation_type == "adaln_zero":
+            terms = [term.unsqueeze(1) for term in self.modulation(conditioning)]  # (B, 1, dim) each
+            shift1, scale1, gate1, shift2, scale2, gate2 = terms
+            normed = self.norm1(hidden_states) * (1 + scale1) + shift1
+            hidden_states = hidden_states + gate1 * self.drop_path(self.attn(normed, rotary_emb=rotary_emb))
+            normed = self.norm2(hidden_states) * (1 + scale2) + shift2
+            return hidden_states + gate2 * self.drop_path(self.ff(normed))
+
+        normed = self.norm1(hidden_states)
+        if self.modulation_type == "latent":
+            shift1, scale1, shift2, scale2 = self.modulation(conditioning)  # (B, L, dim) each
+            normed = modulate_latents(normed, shift1, scale1)
+        hidden_states = hidden_states + self.drop_path(self.scale1(self.attn(normed, rotary_emb=rotary_emb)))
+        normed = self.norm2(hidden_states)
+        if self.modulation_type == "latent":
+            normed = modulate_latents(normed, shift2, scale2)
+        return hidden_states + self.drop_path(self.scale2(self.ff(normed)))

@@ -1,0 +1,4 @@
+from .pipeline_maetok import MAETokDiffusionPipeline
+
+
+__all__ = ["MAETokDiffusionPipeline"]

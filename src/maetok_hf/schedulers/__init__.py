@@ -1,0 +1,12 @@
+from .paths import PATHS, PathCoefficients, path_coefficients
+from .scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from .scheduling_flow_match_heun import FlowMatchHeunScheduler
+
+
+__all__ = [
+    "PATHS",
+    "FlowMatchEulerMaruyamaScheduler",
+    "FlowMatchHeunScheduler",
+    "PathCoefficients",
+    "path_coefficients",
+]

@@ -1,0 +1,86 @@
+"""Stopping a run between two steps when it is asked to, on all processes at once."""
+
+import fcntl
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed
+
+
+class StopRequest:
+    """
+    Turns SIGTERM and SIGINT into a request that the training loop reads between two steps.
+
+    A second SIGINT raises `KeyboardInterrupt` at once. A run started by `accelerate launch` also stops when its launcher
+    disappears, which a signal sent to the launcher alone would otherwise turn into a run that nobody knows of.
+    """
+
+    def __init__(self):
+        self.signal_number = 0
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        # A group of its own on the CPU: asking must neither wait for the accelerator nor disturb its collectives.
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._group = torch.distributed.new_group(backend="gloo") if distributed else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def agreed(self) -> int:
+        """
+        The number of the signal that any process has received, the same on all of them, or 0.
+
+        Every process must call this at the same point of its loop.
+        """
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self.signal_number = self.signal_number or signal.SIGTERM
+        if self._group is None:
+            return int(self.signal_number)
+        number = torch.tensor([int(self.signal_number)])
+        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX, group=self._group)
+        return int(number)
+
+
+def ignore_stop_signals(worker_id: int) -> None:
+    """
+    `worker_init_fn` of a data loader: a signal to the whole process group must not kill the workers before the training
+    process has finished its step.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class RunLock:
+    """
+    Keeps a second run out of an output folder for as long as this process lives.
+
+    The lock belongs to the process and not to its children, so it ends with the process, however that ends.
+
+    Args:
+        output_dir (`str` or `Path`): The folder.
+        patience (`float`, *optional*, defaults to 60.0): Seconds to wait for a run that is just saving its last checkpoint.
+
+    Raises:
+        ValueError: If another process still holds the folder.
+    """
+
+    def __init__(self, output_dir: str | Path, patience: float = 60.0):
+        self._file = open(Path(output_dir) / ".lock", "w")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ValueError(
+                        f"`output_dir` {output_dir} is in use by another process: wait until it ends, or choose another."
+                    ) from None
+                time.sleep(min(0.5, patience))

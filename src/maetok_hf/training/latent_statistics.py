@@ -1,0 +1,85 @@
+"""Mean and standard deviation of a tokenizer's latents, measured over a stream of batches."""
+
+import torch
+
+
+class LatentStatistics:
+    """
+    Exact running mean and variance per latent channel in float64 (Chan, Golub and LeVeque, 1979: statistics of two sets
+    from those of each).
+
+    Args:
+        num_channels (`int`): Channels of the latents.
+    """
+
+    def __init__(self, num_channels: int):
+        self.count = 0
+        self.mean = torch.zeros(num_channels, dtype=torch.float64)
+        self.squared_deviations = torch.zeros(num_channels, dtype=torch.float64)
+
+    def update(self, latents: torch.Tensor) -> None:
+        """
+        Add a batch.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, num_latent_tokens, num_channels)`): Raw latents on any device.
+
+        Raises:
+            ValueError: If the latents have another number of channels or are not finite.
+        """
+        if latents.shape[-1] != len(self.mean):
+            raise ValueError(f"`latents` must have {len(self.mean)} channels, got shape {tuple(latents.shape)}.")
+        values = latents.detach().cpu().double().flatten(0, -2)
+        if not values.isfinite().all():
+            raise ValueError("`latents` holds values that are not finite: the tokenizer is broken or its training diverged.")
+        mean = values.mean(dim=0)
+        self._merge(len(values), mean, (values - mean).square().sum(dim=0))
+
+    def state(self) -> torch.Tensor:
+        """The statistics as one float64 tensor of shape `(3, num_channels)`, to be gathered over processes."""
+        return torch.stack([torch.full_like(self.mean, self.count), self.mean, self.squared_deviations])
+
+    def merge(self, state: torch.Tensor) -> None:
+        """
+        Add the statistics of another set.
+
+        Args:
+            state (`torch.Tensor` of shape `(3, num_channels)`): What [`~LatentStatistics.state`] of the other returned.
+        """
+        self._merge(int(state[0, 0]), state[1].cpu().double(), state[2].cpu().double())
+
+    def _merge(self, count: int, mean: torch.Tensor, squared_deviations: torch.Tensor) -> None:
+        if count == 0:
+            return
+        total = self.count + count
+        difference = mean - self.mean
+        self.mean = self.mean + difference * (count / total)
+        self.squared_deviations = (
+            self.squared_deviations + squared_deviations + difference.square() * (self.count * count / total)
+        )
+        self.count = total
+
+    def result(self, kind: str) -> tuple[float | list[float], float | list[float]]:
+        """
+        Mean and standard deviation, as the config of [`AutoencoderMAE`] takes them.
+
+        Args:
+            kind (`str`): `"scalar"` for one number each over all channels, `"channel"` for a list.
+
+        Returns:
+            `tuple`: `latents_mean` and `latents_std`.
+
+        Raises:
+            ValueError: If `kind` is unknown, nothing was added, or a standard deviation is 0.
+        """
+        if kind not in ("scalar", "channel"):
+            raise ValueError(f"`kind` must be 'scalar' or 'channel', got {kind!r}.")
+        if self.count == 0:
+            raise ValueError("No latents were added, so there is no mean.")
+        mean, variance = self.mean, self.squared_deviations / self.count
+        if kind == "scalar":
+            overall = mean.mean()
+            mean, variance = overall, (variance + (mean - overall).square()).mean()
+        if not (variance > 0).all():
+            raise ValueError("The latents do not vary, so they cannot be normalised: the tokenizer has collapsed.")
+        return mean.tolist(), variance.sqrt().tolist()

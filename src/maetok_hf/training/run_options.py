@@ -1,0 +1,135 @@
+"""Where and on what a recipe is run: data set, folder, devices, checkpoints."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """
+    Options that both training scripts share.
+
+    Args:
+        output_dir (`str`):
+            Folder for checkpoints, logs and the exported model; on a file system that all processes share.
+        dataset_name (`str`):
+            Hub repository or local folder of images, as `datasets.load_dataset` takes it.
+        dataset_config_name (`str`, *optional*):
+            Configuration of the data set.
+        train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        validation_split (`str`, *optional*):
+            Held-out split for the final measurements; without it nothing held out is measured.
+        num_validation_images (`int`, *optional*, defaults to 500):
+            Images of the held-out split that are measured, the first ones.
+        image_column (`str`, *optional*):
+            Column with the images; found from the data set's features by default.
+        label_column (`str`, *optional*):
+            Column with the class labels; found from the data set's features by default.
+        cache_dir (`str`, *optional*):
+            Folder for downloads and row counts of the data set.
+        seed (`int`, *optional*, defaults to 0):
+            Every random draw of the run is a function of it.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1):
+            Micro-batches per optimisation step and process: each holds the recipe's `total_batch_size` divided by this
+            and by the number of processes.
+        dataloader_num_workers (`int`, *optional*, defaults to 0):
+            Processes per device that read and decode images.
+        num_streams (`int`, *optional*):
+            Parts of the data set that are read side by side. The sample order depends on it, so it must stay the same
+            when a run continues on another number of processes or workers. Defaults to processes times workers.
+        mixed_precision (`str`, *optional*):
+            `"no"`, `"fp16"` or `"bf16"`; by default what `accelerate launch` says.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Recompute activations in the backward pass: less memory, more time, the same result.
+        checkpointing_steps (`int`, *optional*, defaults to 5000):
+            Steps between checkpoints.
+        checkpoints_total_limit (`int`, *optional*, defaults to 2):
+            Complete checkpoints to keep, the newest ones.
+        resume_from_checkpoint (`str`, *optional*, defaults to `"latest"`):
+            `"latest"` continues from the newest complete checkpoint in `output_dir`, or starts if there is none;
+            `"none"` starts anew and refuses a folder with checkpoints; a path continues from that one.
+        logging_steps (`int`, *optional*, defaults to 50):
+            Steps between entries of `training_log.jsonl`.
+    """
+
+    output_dir: str
+    dataset_name: str
+    dataset_config_name: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+    num_validation_images: int = 500
+    image_column: str | None = None
+    label_column: str | None = None
+    cache_dir: str | None = None
+    seed: int = 0
+    gradient_accumulation_steps: int = 1
+    dataloader_num_workers: int = 0
+    num_streams: int | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    gradient_checkpointing: bool = False
+    checkpointing_steps: int = 5000
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str = "latest"
+    logging_steps: int = 50
+
+    def __post_init__(self):
+        for name in (
+            "num_validation_images",
+            "gradient_accumulation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+            "logging_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(f"`dataloader_num_workers` must be 0 or more, got {self.dataloader_num_workers}.")
+        if self.num_streams is not None and self.num_streams < 1:
+            raise ValueError(f"`num_streams` must be at least 1, got {self.num_streams}.")
+
+    def micro_batch_size(self, total_batch_size: int, num_processes: int) -> int:
+        """
+        Images in one forward pass of one process.
+
+        Raises:
+            ValueError: If `total_batch_size` cannot be divided evenly.
+        """
+        parts = num_processes * self.gradient_accumulation_steps
+        if total_batch_size % parts:
+            raise ValueError(
+                f"`total_batch_size` = {total_batch_size} must be a multiple of processes x "
+                f"`gradient_accumulation_steps` = {num_processes} x {self.gradient_accumulation_steps}."
+            )
+        return total_batch_size // parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRunOptions(RunOptions):
+    """
+    Options of `train_maetok.py`.
+
+    Args:
+        pretrained_model_name_or_path (`str`, *optional*):
+            Trained tokenizer (folder or Hub repository) to start from: required by the stage `"decoder_finetuning"`, not
+            accepted by `"mask_modelling"`, whose recipe describes the model.
+    """
+
+    pretrained_model_name_or_path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiTRunOptions(RunOptions):
+    """
+    Options of `train_sit.py`.
+
+    Args:
+        tokenizer_name_or_path (`str`):
+            Trained tokenizer (folder or Hub repository) with latent statistics; it stays frozen.
+        cache_latents (`bool`, *optional*, defaults to `False`):
+            Encode every image once before the training (and its mirror image if the recipe flips) and keep the latents
+            in `output_dir`, instead of encoding each batch.
+    """
+
+    tokenizer_name_or_path: str
+    cache_latents: bool = False

@@ -1,0 +1,273 @@
+"""Recipes: one spelling for every setting, and nothing accepted that has no effect."""
+
+import argparse
+import dataclasses
+import warnings
+from pathlib import Path
+
+import pytest
+
+from maetok_hf.training.configuration import add_flags, build, check_value, field_help, given_flags, read_yaml
+from maetok_hf.training.recipes import (
+    SiTRecipe,
+    TokenizerRecipe,
+    load_recipe,
+    parse_arguments,
+    recipe_to_dict,
+)
+from maetok_hf.training.run_options import RunOptions, SiTRunOptions, TokenizerRunOptions
+
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+SETTINGS = [TokenizerRecipe, SiTRecipe, TokenizerRunOptions, SiTRunOptions]
+
+
+def make_parser():
+    return argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_recipe(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write_recipe
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipe_loads_and_begins_with_its_expected_result_and_cost(path):
+    recipe = load_recipe(SiTRecipe if "sit" in path.stem else TokenizerRecipe, path)
+    comments = path.read_text().splitlines()
+    assert comments[0].startswith("# Expected: ")
+    assert any(line.startswith("# Cost: ") for line in comments[:5])
+    assert recipe.max_train_steps > recipe.lr_warmup_steps
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipe_builds_its_model(path):
+    import torch
+
+    from maetok_hf.models.autoencoder_mae import AutoencoderMAE
+    from maetok_hf.models.transformer_sit import SiTTransformer1DModel
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if "sit" in path.stem:
+            model = SiTTransformer1DModel(**load_recipe(SiTRecipe, path).model)
+            assert model.config.num_layers == load_recipe(SiTRecipe, path).model["num_layers"]
+        else:
+            recipe = load_recipe(TokenizerRecipe, path)
+            assert AutoencoderMAE(sample_size=recipe.resolution, **recipe.model).config.sample_size == recipe.resolution
+
+
+def test_published_tokenizer_recipe_has_the_published_optimisation():
+    recipe = load_recipe(TokenizerRecipe, RECIPES / "maetok-b-128-256.yaml")
+    assert (recipe.total_batch_size, recipe.max_train_steps, recipe.lr_warmup_steps) == (512, 500_000, 10_000)
+    assert (recipe.learning_rate, recipe.scale_learning_rate, recipe.lr_scheduler) == (1e-4, True, "cosine")
+    assert (recipe.adam_beta1, recipe.adam_beta2, recipe.weight_decay, recipe.ema_decay) == (0.9, 0.95, 1e-4, 0.9999)
+
+
+def test_dataclass_defaults_are_the_published_recipe():
+    defaults = recipe_to_dict(TokenizerRecipe()) | {"model": None}
+    published = recipe_to_dict(load_recipe(TokenizerRecipe, RECIPES / "maetok-b-128-256.yaml")) | {"model": None}
+    assert defaults == published
+
+
+def test_unknown_key_is_an_error_that_names_the_closest_one(write):
+    with pytest.raises(ValueError, match=r"Unknown setting 'learning_rat'.*did you mean 'learning_rate'"):
+        load_recipe(TokenizerRecipe, write("learning_rat: 1.0e-4\n"))
+
+
+def test_key_of_the_other_recipe_is_unknown(write):
+    with pytest.raises(ValueError, match="mask_ratio_min"):
+        load_recipe(SiTRecipe, write("mask_ratio_min: 0.4\n"))
+
+
+def test_unknown_model_key_is_an_error_that_names_the_closest_one(write):
+    with pytest.raises(ValueError, match=r"'hidden_sizes'.*AutoencoderMAE lacks; did you mean 'hidden_size'"):
+        load_recipe(TokenizerRecipe, write("model: {hidden_sizes: 12}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_train_steps: many\n", r"`max_train_steps` must be of type `int`, got 'many'"),
+        ("max_train_steps: 10.5\n", r"`max_train_steps` must be of type `int`"),
+        ("max_train_steps: true\n", r"`max_train_steps` must be of type `int`, got True"),
+        ("learning_rate: fast\n", r"`learning_rate` must be a number, got 'fast'"),
+        ("learning_rate: true\n", r"`learning_rate` must be of type `float`, got True"),
+        ("random_flip: 1\n", r"`random_flip` must be of type `bool`"),
+        ("crop: middle\n", r"`crop` must be one of 'center', 'random', got 'middle'"),
+        ("auxiliary_targets: hog\n", r"`auxiliary_targets` must be a list"),
+        ("auxiliary_targets: [hog, hgo]\n", r"`auxiliary_targets` must be one of 'hog', got 'hgo'"),
+        ("auxiliary_targets: [hog, hog]\n", r"twice"),
+        ("model: 3\n", r"`model` must be of type `dict`"),
+        ("model: {hidden_size: wide}\n", r"`model: hidden_size` must be of type `int`, got 'wide'"),
+        ("model: {sample_size: 32}\n", r"must not set 'sample_size': it is determined by `resolution`"),
+        ("learning_rate: 0\n", r"`learning_rate` must be positive, got 0.0"),
+        ("learning_rate: .nan\n", r"`learning_rate` must be positive, got nan"),
+        ("ema_decay: 1.0\n", r"`ema_decay` must lie in \[0, 1\), got 1.0"),
+        ("mask_ratio_min: 0.7\n", r"`mask_ratio_min` must not exceed `mask_ratio_max`, got 0.7 and 0.6"),
+        ("mask_ratio_max: 1.5\n", r"`mask_ratio_max` must lie in \[0, 1\], got 1.5"),
+        ("seed: 1\nseed: 2\n", r"the key 'seed' is given twice"),
+        ("- a\n", r"must hold `name: value` lines"),
+        ("a: [\n", r"not valid YAML"),
+    ],
+)
+def test_bad_value_is_an_error_that_names_it(write, text, message):
+    path = write(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe(TokenizerRecipe, path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("stage: decoder_finetuning\nmask_ratio_mean: 0.5\n", "mask_ratio_mean"),
+        ("stage: decoder_finetuning\nhog_weight: 1.0\n", "hog_weight"),
+        ("stage: decoder_finetuning\nkl_weight: 1.0\n", "kl_weight"),
+        ("mask_ratio_start: 0.5\n", "mask_ratio_start"),
+        ("kl_weight: 0.1\n", "kl_weight"),
+        ("auxiliary_targets: []\nhog_weight: 1.0\n", "hog_weight"),
+        ("auxiliary_targets: []\nauxiliary_num_layers: 1\n", "auxiliary_num_layers"),
+    ],
+)
+def test_setting_without_effect_is_an_error(write, text, name):
+    with pytest.raises(ValueError, match=f"`{name}` is set but has no effect"):
+        load_recipe(TokenizerRecipe, write(text))
+
+
+def test_setting_without_effect_is_an_error_as_a_flag_too(write):
+    with pytest.raises(ValueError, match="`kl_weight` is set but has no effect"):
+        load_recipe(TokenizerRecipe, write("resolution: 32\n"), {"kl_weight": 0.5})
+
+
+def test_decoder_finetuning_takes_no_model_section(write):
+    with pytest.raises(ValueError, match="`model` must be empty"):
+        load_recipe(TokenizerRecipe, write("stage: decoder_finetuning\nmodel: {hidden_size: 96}\n"))
+
+
+def test_yaml_number_without_a_dot_is_a_number(write):
+    assert load_recipe(TokenizerRecipe, write("learning_rate: 3e-4\n")).learning_rate == 3e-4
+
+
+def test_missing_file_is_an_error_that_names_a_similar_one(tmp_path):
+    (tmp_path / "maetok-b.yaml").write_text("seed: 0")
+    with pytest.raises(ValueError, match=r"no recipe file .*maetok_b.yaml.*did you mean 'maetok-b'"):
+        read_yaml(tmp_path / "maetok_b.yaml")
+
+
+def test_flags_override_the_file_and_nothing_else(write):
+    path = write("resolution: 64\nlearning_rate: 1.0e-3\nmodel: {hidden_size: 96, num_layers: 2}\n")
+    plain = load_recipe(TokenizerRecipe, path)
+    words = "--learning_rate 2e-3 --random_flip false --auxiliary_targets --model num_layers=5 latent_channels=4"
+    recipe, _ = parse_arguments(
+        make_parser(),
+        TokenizerRecipe,
+        TokenizerRunOptions,
+        path.parent,
+        ["--recipe", str(path), "--output_dir", "out", "--dataset_name", "data", *words.split()],
+    )
+    changed = {key for key, value in recipe_to_dict(recipe).items() if value != recipe_to_dict(plain)[key]}
+    assert changed == {"learning_rate", "random_flip", "auxiliary_targets", "model"}
+    assert recipe.learning_rate == 2e-3
+    assert recipe.random_flip is False
+    assert recipe.auxiliary_targets == []
+    assert recipe.model == {"hidden_size": 96, "num_layers": 5, "latent_channels": 4}
+
+
+def test_recipe_is_found_by_its_bare_name():
+    words = ["--recipe", "demo-sit", "--output_dir", "o", "--dataset_name", "d", "--tokenizer_name_or_path", "t"]
+    recipe, options = parse_arguments(make_parser(), SiTRecipe, SiTRunOptions, RECIPES, words)
+    assert recipe == load_recipe(SiTRecipe, RECIPES / "demo-sit.yaml")
+    assert options == SiTRunOptions(output_dir="o", dataset_name="d", tokenizer_name_or_path="t")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], "unrecognized arguments: --learning_rat"),
+        (["--learning", "1"], "unrecognized arguments: --learning"),
+        (["--max_train_steps", "1.5"], "--max_train_steps: invalid int value"),
+        (["--random_flip", "no"], "--random_flip"),
+        (["--model", "hidden_size"], "takes KEY=VALUE words, got 'hidden_size'"),
+        (["--seed", "x"], "--seed: invalid int value"),
+        (["--checkpointing_steps", "0"], "`checkpointing_steps` must be at least 1, got 0"),
+        (["--ema_decay", "2"], "`ema_decay` must lie in"),
+    ],
+)
+def test_bad_flag_ends_the_script_with_a_message(capsys, words, message):
+    base = ["--recipe", "demo-tokenizer", "--output_dir", "out", "--dataset_name", "data"]
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(make_parser(), TokenizerRecipe, TokenizerRunOptions, RECIPES, base + words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", SETTINGS)
+def test_every_field_has_one_flag_with_its_docstring_entry_as_help(cls):
+    parser = make_parser()
+    add_flags(parser, cls, "settings")
+    flags = {action.dest: action for action in parser._actions if action.dest != "help"}
+    assert flags.keys() == {field.name for field in dataclasses.fields(cls)}
+    for name, text in field_help(cls).items():
+        if name in flags:
+            assert len(text) > 20
+            assert flags[name].help.replace("%%", "%") == text
+    parser.format_help()
+
+
+def test_flag_that_is_not_typed_is_not_given():
+    parser = make_parser()
+    add_flags(parser, RunOptions, "run")
+    assert given_flags(parser.parse_args(["--seed", "7"]), RunOptions) == {"seed": 7}
+
+
+def test_parser_that_would_invent_values_is_refused():
+    with pytest.raises(ValueError, match="SUPPRESS"):
+        add_flags(argparse.ArgumentParser(), RunOptions, "run")
+
+
+def test_missing_required_value_is_an_error():
+    with pytest.raises(ValueError, match="RunOptions needs a value for 'dataset_name'"):
+        build(RunOptions, {"output_dir": "out"})
+
+
+def test_undescribed_field_is_an_error():
+    @dataclasses.dataclass
+    class Undescribed:
+        """
+        Args:
+            first (`int`): The first.
+        """
+
+        first: int = 1
+        second: int = 2
+
+    with pytest.raises(ValueError, match="second"):
+        field_help(Undescribed)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [(None, int | None, None), (3, int | None, 3), (2, float, 2.0), ([1.0, 2], float | list[float], [1.0, 2.0])],
+)
+def test_value_is_given_in_the_annotated_type(value, annotation, expected):
+    result = check_value("x", value, annotation)
+    assert result == expected
+    assert type(result) is type(expected)
+
+
+def test_none_is_refused_where_it_is_not_allowed():
+    with pytest.raises(ValueError, match="`x` must be of type `int`, got None"):
+        check_value("x", None, int)
+
+
+def test_micro_batch_is_the_total_divided_by_processes_and_accumulation():
+    options = RunOptions(output_dir="o", dataset_name="d", gradient_accumulation_steps=4)
+    assert options.micro_batch_size(64, num_processes=2) == 8
+    with pytest.raises(ValueError, match=r"`total_batch_size` = 60 must be a multiple of .*2 x 4"):
+        options.micro_batch_size(60, num_processes=2)

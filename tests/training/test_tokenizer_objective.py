@@ -1,0 +1,328 @@
+import pytest
+import torch
+from torch import nn
+
+from maetok_hf.models.autoencoder_mae import AutoencoderMAE
+from maetok_hf.training.auxiliary import AuxiliaryDecoder
+from maetok_hf.training.draws import sample_noise
+from maetok_hf.training.masking import sample_masks
+from maetok_hf.training.optim import weight_decay_groups
+from maetok_hf.training.targets import HOGTarget
+from maetok_hf.training.tokenizer_objective import TokenizerObjective, masked_mean
+
+
+class CountingTarget(nn.Module):
+    """A target with a parameter and a train mode, as a teacher has."""
+
+    feature_dim = 2
+    feature_loss = "cosine"
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(48, 2)
+        self.inputs = []
+
+    def forward(self, pixel_values):
+        self.inputs.append((pixel_values, self.training, torch.is_grad_enabled()))
+        patches = nn.functional.unfold(pixel_values, 4, stride=4).transpose(1, 2)
+        return self.features(patches)
+
+
+def tiny_tokenizer(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    sizes = {"sample_size": 16, "patch_size": 4, "latent_channels": 4, "num_latent_tokens": 3}
+    widths = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "layer_scale_init_value": 0.5}
+    return AutoencoderMAE(**sizes | widths | kwargs)
+
+
+def objective_with_hog(weights=None, **kwargs):
+    tokenizer, target = tiny_tokenizer(**kwargs), HOGTarget(4)
+    decoder = AuxiliaryDecoder.from_tokenizer_config(tokenizer.config, target.feature_dim, 16, 1, 2)
+    return TokenizerObjective(tokenizer, {"hog": target}, {"hog": decoder}, weights)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture
+def mask():
+    return sample_masks(0, 0, [0, 1], 16, 0.5)
+
+
+def count_calls(module):
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_encoder_runs_once_and_each_decoder_once(images, mask):
+    objective = objective_with_hog()
+    tokenizer = objective.tokenizer
+    calls = [count_calls(m) for m in (tokenizer.encoder, tokenizer.decoder, objective.auxiliary_decoders["hog"])]
+    objective(images, mask)["loss"].backward()
+    assert [len(c) for c in calls] == [1, 1, 1]
+
+
+def test_loss_is_the_weighted_sum_of_its_terms(images, mask):
+    objective = objective_with_hog({"hog": 0.25, "reconstruction": 2.0})
+    output = objective(images, mask)
+    assert set(output) == {"loss", "reconstruction", "hog"}
+    assert torch.allclose(output["loss"], 2.0 * output["reconstruction"] + 0.25 * output["hog"])
+    assert output["loss"].requires_grad and not output["reconstruction"].requires_grad
+    assert all(value.shape == () and value.dtype == torch.float32 for value in output.values())
+
+
+def test_terms_are_what_they_say(images, mask):
+    objective = objective_with_hog().eval()
+    output = objective(images, mask)
+    tokenizer = objective.tokenizer
+    latent = tokenizer.encode(images, mask).latent
+    pixels = (tokenizer.decode(latent).sample - images).square().mean()
+    errors = (objective.auxiliary_decoders["hog"](latent) - HOGTarget(4)(images)).square().mean(-1)
+    assert torch.allclose(output["reconstruction"], pixels) and torch.allclose(output["hog"], errors[mask].mean())
+
+
+def test_pixels_count_everywhere_and_features_at_masked_patches_only(images, mask):
+    objective = objective_with_hog()
+    decoder, shift = objective.auxiliary_decoders["hog"], torch.zeros(2, 16, 108)
+    decoder.register_forward_hook(lambda module, inputs, output: output + shift)
+    before = objective(images, mask)
+    shift[~mask] = 100.0
+    unmasked = objective(images, mask)
+    assert torch.equal(unmasked["hog"], before["hog"]) and torch.equal(unmasked["loss"], before["loss"])
+    shift[~mask] = 0.0
+    shift[0, mask[0].nonzero()[0]] = 100.0
+    assert objective(images, mask)["hog"] > before["hog"] + 1
+
+    pixel_shift = torch.zeros(2, 16, 48)
+    objective.tokenizer.decoder.register_forward_hook(lambda module, inputs, output: output + pixel_shift)
+    shift.zero_()
+    pixel_shift[~mask] = 100.0
+    assert objective(images, mask)["reconstruction"] > before["reconstruction"] + 1
+
+
+def test_features_at_unmasked_patches_get_no_gradient(images, mask):
+    objective = objective_with_hog({"reconstruction": 0.0})
+    captured = []
+
+    def keep(module, inputs, output):
+        output.retain_grad()
+        captured.append(output)
+
+    objective.auxiliary_decoders["hog"].register_forward_hook(keep)
+    objective(images, mask)["loss"].backward()
+    gradient = captured[0].grad
+    assert not gradient[~mask].any() and gradient[mask].abs().sum(-1).all()
+
+
+def test_masked_mean_by_hand():
+    values = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]])
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    assert masked_mean(values, mask).item() == 8.0  # over the batch's positions, not per image
+    assert masked_mean(values, None).item() == 11.0
+    assert masked_mean(values, torch.zeros_like(mask)).item() == 0.0
+    values[0, 1] = float("inf")
+    assert masked_mean(values, mask).item() == 8.0
+
+
+def test_without_a_mask_every_position_counts_and_nothing_is_replaced(images):
+    objective = objective_with_hog().eval()
+    output = objective(images)
+    latent = objective.tokenizer.encode(images).latent
+    errors = (objective.auxiliary_decoders["hog"](latent) - HOGTarget(4)(images)).square()
+    assert torch.allclose(output["hog"], errors.mean())
+    empty = objective(images, torch.zeros(2, 16, dtype=torch.bool))
+    assert torch.equal(empty["reconstruction"], output["reconstruction"]) and empty["hog"].item() == 0.0
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("modulated", [True, False])
+def test_every_parameter_is_in_the_graph(images, mask, masked, modulated):
+    objective = objective_with_hog(modulated_decoder=modulated)
+    objective(images, mask if masked else None)["loss"].backward()
+    assert [name for name, parameter in objective.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("term", ["reconstruction", "hog"])
+def test_each_term_trains_the_encoder(images, mask, term):
+    objective = objective_with_hog({"reconstruction": 0.0, "hog": 0.0} | {term: 1.0})
+    optimizer = torch.optim.SGD(objective.trainable_parameters(), lr=0.05)
+    before = objective(images, mask)
+    before["loss"].backward()
+    assert objective.tokenizer.encoder.latent_tokens.grad.abs().sum() > 0
+    optimizer.step()
+    assert objective(images, mask)[term] < before[term]
+
+
+def test_targets_see_the_clean_image_frozen_in_eval_mode_without_gradient(images, mask):
+    tokenizer, target = tiny_tokenizer(), CountingTarget()
+    decoder = AuxiliaryDecoder.from_tokenizer_config(tokenizer.config, 2, 16, 1, 2)
+    objective = TokenizerObjective(tokenizer, {"teacher": target}, {"teacher": decoder}).train()
+    output = objective(images, mask)
+    output["loss"].backward()
+    ((seen, training, grad_enabled),) = target.inputs
+    assert torch.equal(seen, images) and not training and not grad_enabled
+    assert target.features.weight.grad is None and decoder.decoder.proj_out.weight.grad is not None
+    assert target.features.weight not in set(objective.trainable_parameters())
+    assert -1.0 <= output["teacher"] <= 1.0
+
+
+def test_images_of_another_size_train_with_the_same_objective():
+    objective = objective_with_hog()
+    images = torch.rand(1, 3, 24, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mask = sample_masks(0, 0, [0], 18, 0.5)
+    assert torch.isfinite(objective(images, mask)["loss"])
+
+
+def test_image_tokens_as_latents_train(images, mask):
+    objective = objective_with_hog(num_latent_tokens=0)
+    objective(images, mask)["loss"].backward()
+    assert objective.tokenizer.encoder.proj_out.weight.grad.abs().sum() > 0
+
+
+def test_objective_draws_nothing(images, mask):
+    objective = objective_with_hog().train()
+    state = torch.random.get_rng_state()
+    assert torch.equal(objective(images, mask)["loss"], objective(images, mask)["loss"])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_auxiliary_decoders_are_not_saved(images, mask, tmp_path):
+    objective = objective_with_hog()
+    objective.tokenizer.save_pretrained(tmp_path)
+    loaded = AutoencoderMAE.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == tiny_tokenizer().state_dict().keys()
+
+
+# --- Gaussian posterior -------------------------------------------------------------------------------------------
+
+
+def test_kl_by_hand_and_posterior_noise(images, mask):
+    objective = TokenizerObjective(tiny_tokenizer(gaussian_posterior=True), loss_weights={"kl": 0.5}).eval()
+    noise = sample_noise(0, "posterior", 0, [0, 1], (3, 4))
+    output = objective(images, mask, noise)
+    posterior = objective.tokenizer.encode(images, mask).latent_dist
+    kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum(dim=(1, 2)).mean()
+    pixels = objective.tokenizer.decode(posterior.mean + posterior.std * noise).sample
+    assert torch.allclose(output["kl"], kl)
+    assert torch.allclose(output["reconstruction"], (pixels - images).square().mean())
+    assert torch.allclose(output["loss"], output["reconstruction"] + 0.5 * kl)
+
+
+def test_kl_weighs_1e_6_by_default(images):
+    objective = TokenizerObjective(tiny_tokenizer(gaussian_posterior=True))
+    output = objective(images, posterior_noise=torch.zeros(2, 3, 4))
+    assert objective.loss_weights == {"reconstruction": 1.0, "kl": 1e-6}
+    assert torch.allclose(output["loss"], output["reconstruction"] + 1e-6 * output["kl"])
+
+
+def test_kl_pulls_the_posterior_to_the_standard_normal(images):
+    objective = TokenizerObjective(
+        tiny_tokenizer(gaussian_posterior=True), loss_weights={"kl": 1.0, "reconstruction": 0.0}
+    )
+    optimizer = torch.optim.Adam(objective.trainable_parameters(), lr=0.01)
+    values = []
+    for _ in range(30):
+        output = objective(images, posterior_noise=torch.zeros(2, 3, 4))
+        optimizer.zero_grad()
+        output["loss"].backward()
+        optimizer.step()
+        values.append(output["kl"].item())
+    assert values[-1] < 0.2 * values[0]
+
+
+def test_posterior_noise_is_needed_exactly_where_there_is_a_posterior(images):
+    gaussian = TokenizerObjective(tiny_tokenizer(gaussian_posterior=True))
+    with pytest.raises(ValueError, match="`posterior_noise` is needed"):
+        gaussian(images)
+    with pytest.raises(ValueError, match=r"`posterior_noise` must have the shape of the latents, \(2, 3, 4\)"):
+        gaussian(images, posterior_noise=torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="`posterior_noise` has no meaning"):
+        TokenizerObjective(tiny_tokenizer())(images, posterior_noise=torch.zeros(2, 3, 4))
+
+
+# --- Decoder fine-tuning ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_decoder_finetuning_leaves_latents_bit_identical(images, mask, gaussian):
+    tokenizer = tiny_tokenizer(gaussian_posterior=gaussian)
+    objective = TokenizerObjective(tokenizer, decoder_only=True).train()
+    noise = torch.zeros(2, 3, 4) if gaussian else None
+
+    def latents():
+        encoded = tokenizer.encode(images, return_dict=False)[0]
+        return encoded.parameters if gaussian else encoded
+
+    before = latents().clone()
+    optimizer = torch.optim.AdamW(weight_decay_groups(objective, 0.1), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        output = objective(images, mask, noise)
+        optimizer.zero_grad()
+        output["loss"].backward()
+        optimizer.step()
+        losses.append(output["loss"].item())
+    assert set(output) == {"loss", "reconstruction"} and losses[-1] < losses[0]
+    assert torch.equal(latents(), before)
+    assert all(parameter.grad is None for parameter in tokenizer.encoder.parameters())
+    assert all(parameter.grad is not None for parameter in tokenizer.decoder.parameters())
+
+
+def test_decoder_finetuning_trains_the_decoder_and_nothing_else():
+    objective = TokenizerObjective(tiny_tokenizer(), decoder_only=True)
+    assert set(objective.trainable_parameters()) == set(objective.tokenizer.decoder.parameters())
+    objective.train()
+    assert objective.tokenizer.decoder.training and not objective.tokenizer.encoder.training
+    full = objective_with_hog()
+    assert set(full.trainable_parameters()) == set(full.parameters()) and full.tokenizer.encoder.training
+
+
+def test_decoder_finetuning_builds_no_graph_through_the_encoder(images, mask):
+    objective = TokenizerObjective(tiny_tokenizer(), decoder_only=True)
+    seen = []
+    objective.tokenizer.encoder.register_forward_hook(lambda m, i, output: seen.append(output.requires_grad))
+    objective(images.requires_grad_(), mask)["loss"].backward()
+    assert seen == [False] and images.grad is None
+
+
+# --- Errors -------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_do_not_fit_are_refused():
+    tokenizer, target = tiny_tokenizer(), HOGTarget(4)
+    decoder = AuxiliaryDecoder.from_tokenizer_config(tokenizer.config, 108, 16, 1, 2)
+    wrong = AuxiliaryDecoder.from_tokenizer_config(tokenizer.config, 100, 16, 1, 2)
+    with pytest.raises(ValueError, match="same names"):
+        TokenizerObjective(tokenizer, {"hog": target})
+    with pytest.raises(ValueError, match="gives 108 features per patch but its auxiliary decoder predicts 100"):
+        TokenizerObjective(tokenizer, {"hog": target}, {"hog": wrong})
+    with pytest.raises(ValueError, match="'kl' cannot name a target"):
+        TokenizerObjective(tokenizer, {"kl": target}, {"kl": decoder})
+    with pytest.raises(ValueError, match="`decoder_only` trains no auxiliary decoder"):
+        TokenizerObjective(tokenizer, {"hog": target}, {"hog": decoder}, decoder_only=True)
+    assert all(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [({"hogg": 1.0}, "'hogg'"), ({"kl": 1.0}, "'kl'"), ({"hog": -1.0}, "not negative"), ({"hog": float("nan")}, "nan")],
+)
+def test_bad_weights_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        objective_with_hog(weights)
+
+
+def test_bad_masks_and_targets_are_named(images):
+    objective = objective_with_hog()
+    with pytest.raises(ValueError, match="`mask`"):
+        objective(images, torch.zeros(2, 9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="multiple of `patch_size`"):
+        objective(torch.zeros(1, 3, 18, 16))
+    tokenizer = tiny_tokenizer()
+    decoder = AuxiliaryDecoder.from_tokenizer_config(tokenizer.config, 108, 16, 1, 2)
+    coarse = TokenizerObjective(tokenizer, {"hog": HOGTarget(8)}, {"hog": decoder})
+    with pytest.raises(ValueError, match="one feature vector for each image token"):
+        coarse(images)
