@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -97,3 +98,17 @@ def make_source(tmp_path):
 @pytest.fixture(params=KINDS)
 def kind(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def toy() -> SimpleNamespace:
+    """The helpers of this file."""
+    return SimpleNamespace(
+        CLASS_NAMES=CLASS_NAMES,
+        in_memory=in_memory,
+        labels=labels,
+        pixels=pixels,
+        png=png,
+        write_parquet=write_parquet,
+        write_tar=write_tar,
+    )

@@ -138,7 +138,7 @@ def test_every_mode_shows_the_same_picture(mode):
     image = PIL.Image.new("RGB", (8, 8))
     image.paste((255, 255, 255), (4, 0, 8, 8))
     if mode == "LAB":
-        converted = PIL.Image.merge("LAB", [image.convert("L"), *[PIL.Image.new("L", (8, 8), 0)] * 2])
+        converted = PIL.Image.merge("LAB", [image.convert("L"), *[PIL.Image.new("L", (8, 8), 128)] * 2])
     elif mode == "PA":
         converted = image.convert("P").convert("PA")
     else:

@@ -157,8 +157,9 @@ def test_draws_follow_their_laws():
     # time, noise and class drop are independent
     columns = torch.stack([draws.draw, draws.noise[:, 0], draws.class_drop_mask.float()])
     assert (torch.corrcoef(columns) - torch.eye(3)).abs().max() < 0.06
-    normal = sample_flow_draws(0, 0, indices, (1,), "lognormal").draw
-    assert abs(normal.mean()) < 0.06 and abs(normal.std() - 1) < 0.05
+    normal = sample_flow_draws(0, 0, indices, (1,), "lognormal")
+    assert abs(normal.draw.mean()) < 0.06 and abs(normal.draw.std() - 1) < 0.05
+    assert abs(torch.corrcoef(torch.stack([normal.draw, normal.noise[:, 0]]))[0, 1]) < 0.06
 
 
 def test_class_dropout_probabilities_0_and_1_are_exact():

@@ -70,9 +70,9 @@ def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():
 
 
 def test_a_shared_parameter_is_listed_once():
-    layer = nn.Linear(2, 2)
-    groups = weight_decay_groups(nn.ModuleList([layer, layer]), 0.1)
-    assert [len(group["params"]) for group in groups] == [1, 1]
+    layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    layers[1].weight = layers[0].weight
+    assert [len(group["params"]) for group in weight_decay_groups(layers, 0.1)] == [1, 2]
 
 
 def test_a_step_without_gradient_only_shrinks_what_decays():

@@ -1,12 +1,13 @@
 """Checkpoints that are complete or absent, and runs that continue exactly or refuse to.
 
 A checkpoint is written under a temporary name in the folder where it will stay, flushed to the disk, and only then
-renamed to `checkpoint-<step>`; the rename is the moment at which it exists. Optimisers and the gradient scaler go through
-accelerate; models are saved by `save_pretrained` into subfolders, so that a checkpoint's tokenizer or transformer (and its
-moving average, `<name>_ema`) can be loaded like any other. No random state is needed for an exact continuation, since every
-draw is keyed by the step, and the position in the data follows from the step as well.
+renamed to `checkpoint-<step>`; the rename is the moment at which it exists. Optimisers and the gradient scaler go
+through accelerate; models are saved by `save_pretrained` into subfolders, so that a checkpoint's tokenizer or
+transformer (and its moving average, `<name>_ema`) can be loaded like any other. No random state is needed for an exact
+continuation, since every draw is keyed by the step, and the position in the data follows from the step as well.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
@@ -24,9 +26,11 @@ from safetensors.torch import load_file, save_file
 
 
 STATE_FILE = "trainer_state.json"
-# Settings that change how long a run is or how often it reports, not the states it passes through. A cosine schedule
-# depends on `max_train_steps`, but prolonging a run is the ordinary reason to resume a finished one.
-CHANGEABLE_SETTINGS = frozenset({"recipe.max_train_steps"})
+# Settings that change how long a run is or what is measured at its end, not the states it passes through. A cosine
+# schedule depends on `max_train_steps`, but prolonging a run is the ordinary reason to resume a finished one.
+CHANGEABLE_SETTINGS = frozenset(
+    {"recipe.max_train_steps", "recipe.latent_statistics", "recipe.latent_statistics_images"}
+)
 
 
 class CheckpointError(RuntimeError):
@@ -237,8 +241,8 @@ def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path | None:
     newer = [item.name for item in existing if int(item.name.removeprefix("checkpoint-")) > step]
     if newer:
         raise ValueError(
-            f"`resume_from_checkpoint` {resume_from!r} is at step {step}, but {output_dir} also has {', '.join(newer)}: "
-            "remove those, or continue in another `output_dir`."
+            f"`resume_from_checkpoint` {resume_from!r} is at step {step}, but {output_dir} also has "
+            f"{', '.join(newer)}: remove those, or continue in another `output_dir`."
         )
     return path
 
@@ -273,6 +277,38 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def data_identity(source: Any) -> dict[str, Any]:
+    """
+    What makes a data set the same one, wherever it lies: its layout, its classes and its first rows.
+
+    Args:
+        source ([`~maetok_hf.data.ImageSource`]): The data set.
+
+    Returns:
+        `dict`: Plain values.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for table in (source.chunk_shards, source.chunk_sizes):
+        digest.update(np.ascontiguousarray(table, dtype=np.int64).tobytes())
+    for image, label in source.read_chunk(0):
+        if isinstance(image, Mapping):
+            # A path says where a file lies on this machine; its name is enough where the bytes are not at hand.
+            image = image.get("bytes") or os.path.basename(image.get("path") or "")
+        digest.update(repr((image, label)).encode())
+    classes = list(source.columns.class_names or [])
+    return {"num_rows": int(source.num_rows), "classes": classes, "digest": digest.hexdigest()}
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """A short text that changes with any weight or config value of a model."""
+    settings = {name: value for name, value in model.config.items() if not name.startswith("_")}  # no paths, versions
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def remove_partial_checkpoints(output_dir: str | Path) -> None:

@@ -1,8 +1,8 @@
 """From a YAML file and command-line flags to a checked dataclass.
 
-Every setting of a run is a field of a dataclass: its default is the field's, its flag and its help come from the field's
-annotation and docstring entry, and a file may set nothing that is not a field. One spelling therefore exists for each
-setting, and none can be accepted and then ignored.
+Every setting of a run is a field of a dataclass: its default is the field's, its flag and its help come from the
+field's annotation and docstring entry, and a file may set nothing that is not a field. One spelling therefore exists
+for each setting, and none can be accepted and then ignored.
 """
 
 import dataclasses
@@ -113,8 +113,8 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         The instance; its `__post_init__` checks the ranges and the combinations.
 
     Raises:
-        ValueError: If a name is not a field (the message names the closest one), if a value has the wrong type, or if a
-            field without default is missing.
+        ValueError: If a name is not a field (the message names the closest one), if a value has the wrong type, or if
+            a field without default is missing.
     """
     annotations = field_types(cls)
     for name in values:

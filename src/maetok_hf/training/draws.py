@@ -51,13 +51,22 @@ def sample_noise(
     shape: Sequence[int],
 ) -> torch.Tensor:
     """
-    Standard normal noise for a batch; see [`draw_rows`] for the other arguments and the errors raised.
+    Standard normal noise for a batch.
 
     Args:
+        seed (`int`): Seed of the run.
+        purpose (`str`): Name of the draw; draws with different names are independent.
+        step (`int`): Optimiser step (or epoch) of the draw.
+        sample_indices (`Sequence[int]` or integer `torch.Tensor` of shape `(batch_size,)`):
+            Global index of each image of the batch.
         shape (`Sequence[int]`): Shape of one image's noise, for example `(num_latent_tokens, latent_channels)`.
 
     Returns:
         `torch.FloatTensor` of shape `(batch_size, *shape)` on the CPU.
+
+    Raises:
+        ValueError: If `sample_indices` is empty or not one-dimensional.
+        TypeError: If `seed`, `step` or an index is not an integer.
     """
 
     def draw(generator: torch.Generator) -> torch.Tensor:

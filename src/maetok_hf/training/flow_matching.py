@@ -66,8 +66,8 @@ def time_from_draw(draw: torch.Tensor, density: str, path: str, shift: float = 1
 
     Args:
         draw (`torch.Tensor`): For `"uniform"` a uniform number in `[0, 1]`, which is the time itself; for
-            `"lognormal"` a standard normal number `n`, giving the noise-to-data ratio `s = exp(n)` and from it the time
-            whose `sigma / alpha` is `s`: `s / (1 + s)` on the linear path, `(2 / pi) atan(s)` on the cosine path.
+            `"lognormal"` a standard normal number `n`, giving the noise-to-data ratio `s = exp(n)` and the time whose
+            `sigma / alpha` is `s`: `s / (1 + s)` on the linear path, `(2 / pi) atan(s)` on the cosine path.
         density (`str`): `"uniform"` or `"lognormal"`.
         path (`str`): `"linear"` or `"cosine"`.
         shift (`float`, *optional*, defaults to 1.0): Moves times towards the noise when above 1, by

@@ -15,8 +15,9 @@ class StopRequest:
     """
     Turns SIGTERM and SIGINT into a request that the training loop reads between two steps.
 
-    A second SIGINT raises `KeyboardInterrupt` at once. A run started by `accelerate launch` also stops when its launcher
-    disappears, which a signal sent to the launcher alone would otherwise turn into a run that nobody knows of.
+    A second SIGINT raises `KeyboardInterrupt` at once. A run started by `accelerate launch` also stops when its
+    launcher disappears, which a signal sent to the launcher alone would otherwise turn into a run that nobody knows
+    of.
     """
 
     def __init__(self):
@@ -25,8 +26,12 @@ class StopRequest:
         # A group of its own on the CPU: asking must neither wait for the accelerator nor disturb its collectives.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._group = torch.distributed.new_group(backend="gloo") if distributed else None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def release(self) -> None:
+        """Give the signals their former effect, once there is nothing left to save."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
@@ -50,8 +55,8 @@ class StopRequest:
 
 def ignore_stop_signals(worker_id: int) -> None:
     """
-    `worker_init_fn` of a data loader: a signal to the whole process group must not kill the workers before the training
-    process has finished its step.
+    `worker_init_fn` of a data loader: a signal to the whole process group must not kill the workers before the
+    training process has finished its step.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -65,7 +70,8 @@ class RunLock:
 
     Args:
         output_dir (`str` or `Path`): The folder.
-        patience (`float`, *optional*, defaults to 60.0): Seconds to wait for a run that is just saving its last checkpoint.
+        patience (`float`, *optional*, defaults to 60.0): Seconds to wait for a run that is just saving its last
+            checkpoint.
 
     Raises:
         ValueError: If another process still holds the folder.
@@ -81,6 +87,10 @@ class RunLock:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise ValueError(
-                        f"`output_dir` {output_dir} is in use by another process: wait until it ends, or choose another."
+                        f"`output_dir` {output_dir} is in use by another process: wait for it, or choose another."
                     ) from None
                 time.sleep(min(0.5, patience))
+
+    def release(self) -> None:
+        """Let the next run in."""
+        self._file.close()

@@ -1,12 +1,33 @@
 """Mean and standard deviation of a tokenizer's latents, measured over a stream of batches."""
 
+from collections.abc import Iterable
+
 import torch
+
+from ..models.autoencoder_mae import AutoencoderMAE
+
+
+@torch.no_grad()
+def encode_latents(tokenizer: AutoencoderMAE, images: torch.Tensor) -> torch.Tensor:
+    """
+    The raw latents that statistics are measured on and generators are trained on.
+
+    Args:
+        tokenizer ([`AutoencoderMAE`]): In evaluation mode.
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images in `[-1, 1]`, not masked.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_latent_tokens, latent_channels)`: The latents, of a Gaussian
+        posterior its mode.
+    """
+    encoded = tokenizer.encode(images, return_dict=False)[0]
+    return encoded.mode() if tokenizer.config.gaussian_posterior else encoded
 
 
 class LatentStatistics:
     """
-    Exact running mean and variance per latent channel in float64 (Chan, Golub and LeVeque, 1979: statistics of two sets
-    from those of each).
+    Exact running mean and variance per latent channel in float64 (Chan, Golub and LeVeque, 1979: statistics of two
+    sets from those of each).
 
     Args:
         num_channels (`int`): Channels of the latents.
@@ -22,7 +43,8 @@ class LatentStatistics:
         Add a batch.
 
         Args:
-            latents (`torch.Tensor` of shape `(batch_size, num_latent_tokens, num_channels)`): Raw latents on any device.
+            latents (`torch.Tensor` of shape `(batch_size, num_latent_tokens, num_channels)`): Raw latents on any
+                device.
 
         Raises:
             ValueError: If the latents have another number of channels or are not finite.
@@ -31,7 +53,7 @@ class LatentStatistics:
             raise ValueError(f"`latents` must have {len(self.mean)} channels, got shape {tuple(latents.shape)}.")
         values = latents.detach().cpu().double().flatten(0, -2)
         if not values.isfinite().all():
-            raise ValueError("`latents` holds values that are not finite: the tokenizer is broken or its training diverged.")
+            raise ValueError("`latents` are not finite: the tokenizer is broken or its training diverged.")
         mean = values.mean(dim=0)
         self._merge(len(values), mean, (values - mean).square().sum(dim=0))
 
@@ -39,14 +61,20 @@ class LatentStatistics:
         """The statistics as one float64 tensor of shape `(3, num_channels)`, to be gathered over processes."""
         return torch.stack([torch.full_like(self.mean, self.count), self.mean, self.squared_deviations])
 
-    def merge(self, state: torch.Tensor) -> None:
+    @classmethod
+    def merged(cls, states: Iterable[torch.Tensor]) -> "LatentStatistics":
         """
-        Add the statistics of another set.
+        The statistics of several sets together.
 
         Args:
-            state (`torch.Tensor` of shape `(3, num_channels)`): What [`~LatentStatistics.state`] of the other returned.
+            states (`Iterable[torch.Tensor]` of shape `(3, num_channels)`): What [`~LatentStatistics.state`] of each
+                gave.
         """
-        self._merge(int(state[0, 0]), state[1].cpu().double(), state[2].cpu().double())
+        states = [state.cpu().double() for state in states]
+        statistics = cls(states[0].shape[-1])
+        for state in states:
+            statistics._merge(int(state[0, 0]), state[1], state[2])
+        return statistics
 
     def _merge(self, count: int, mean: torch.Tensor, squared_deviations: torch.Tensor) -> None:
         if count == 0:

@@ -127,11 +127,16 @@ def sample_step_mask_ratio(
     """
     The one mask ratio of a step, keyed by `(seed, "mask_ratio", step)`: equal in every process and micro-batch.
 
-    See [`sample_mask_ratio`] for the other arguments, the result and the errors raised.
-
     Args:
         seed (`int`): Seed of the run.
         step (`int`): Optimiser step.
+        mean, std, low, high (`float`, *optional*): The truncated normal of [`sample_mask_ratio`].
+
+    Returns:
+        `float`: A ratio in `[low, high]`.
+
+    Raises:
+        ValueError: If the bounds or the standard deviation are no truncated normal's.
     """
     return sample_mask_ratio(keyed_generator(seed, "mask_ratio", step), mean, std, low, high)
 

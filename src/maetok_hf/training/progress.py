@@ -18,8 +18,8 @@ class TrainingLog:
 
     Args:
         path (`str` or `Path`): The file.
-        resumed_step (`int`): Steps done so far. Entries of later steps, written after the checkpoint from which the run
-            continues, are removed: the log always describes one uninterrupted run.
+        resumed_step (`int`): Steps done so far. Entries of later steps, written after the checkpoint from which the
+            run continues, are removed: the log always describes one uninterrupted run.
     """
 
     def __init__(self, path: str | Path, resumed_step: int):
@@ -28,6 +28,11 @@ class TrainingLog:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(temporary, self.path)
+
+    def last_entry(self) -> dict[str, float] | None:
+        """The newest entry, `None` if there is none."""
+        lines = self._lines()
+        return json.loads(lines[-1]) if lines else None
 
     def _lines(self) -> list[str]:
         if not self.path.is_file():
@@ -160,10 +165,14 @@ class TrainingMonitor:
         broken = [name for name, value in terms.items() if not math.isfinite(value)]
         if broken:
             raise FloatingPointError(
-                f"{', '.join(broken)} stopped being finite at or before step {step}; earlier checkpoints are unaffected. "
-                "Lower the learning rate, or use mixed precision bf16 instead of fp16."
+                f"{', '.join(broken)} stopped being finite at or before step {step}; earlier checkpoints are "
+                "unaffected. Lower the learning rate, or use mixed precision bf16 instead of fp16."
             )
         return terms
+
+    def last_entry(self) -> dict[str, float] | None:
+        """The newest entry of the log, also one of an earlier run that this one continues; `None` without a log."""
+        return None if self._log is None else self._log.last_entry()
 
     def close(self) -> None:
         """End the progress bar."""

@@ -1,8 +1,8 @@
 """What defines a training run's result: [`TokenizerRecipe`] and [`SiTRecipe`].
 
-A recipe holds everything that changes what is learned (sizes, losses, schedules) and nothing about where and on how many
-devices it is learned; that is [`RunOptions`](run_options). The defaults are the published values of MAETok
-(arXiv 2502.03444) unless said otherwise.
+A recipe holds everything that changes what is learned (sizes, losses, schedules) and nothing about where and on how
+many devices it is learned; that is [`RunOptions`](run_options). The defaults are the published values of MAETok (arXiv
+2502.03444) unless said otherwise.
 """
 
 import dataclasses
@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from .configuration import add_flags, build, check_value, closest, given_flags, read_yaml
+from .optim import learning_rate_at, scale_learning_rate, weight_decay_groups
 
 
 R = TypeVar("R", bound="OptimizationRecipe")
@@ -96,6 +99,29 @@ class OptimizationRecipe:
         _positive(self, "max_grad_norm")
         _at_least_zero(self, "lr_warmup_steps", "weight_decay")
         _fraction(self, "adam_beta1", "adam_beta2", "ema_decay", below_one=True)
+        self.learning_rate_at(0)  # refuses a cosine that is all warm-up
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`float`: Learning rate after the warm-up, scaled with the batch if the recipe says so."""
+        if not self.scale_learning_rate:
+            return self.learning_rate
+        return scale_learning_rate(self.learning_rate, self.total_batch_size)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0; see [`~maetok_hf.training.optim.learning_rate_at`]."""
+        return learning_rate_at(
+            step, self.peak_learning_rate, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps
+        )
+
+    def make_optimizer(self, module: torch.nn.Module) -> torch.optim.AdamW:
+        """AdamW over the trainable parameters of a module, with weight decay on its matrices only."""
+        return torch.optim.AdamW(
+            weight_decay_groups(module, self.weight_decay),
+            lr=self.peak_learning_rate,
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
+        )
 
     def unused_settings(self) -> dict[str, str]:
         """Settings that this recipe's other choices leave without effect, with the reason; setting one is an error."""
@@ -186,8 +212,8 @@ class TokenizerRecipe(OptimizationRecipe):
 
         if self.stage == "decoder_finetuning" and self.model:
             raise ValueError(
-                f"`model` must be empty when `stage` is 'decoder_finetuning', got {self.model}: the sizes come from the "
-                "tokenizer that is fine-tuned."
+                f"`model` must be empty when `stage` is 'decoder_finetuning', got {self.model}: the sizes come from "
+                "the tokenizer that is fine-tuned."
             )
         derived = {"sample_size": "`resolution`", "latents_mean": "the training", "latents_std": "the training"}
         check_model_settings(AutoencoderMAE, self.model, derived)
@@ -197,7 +223,8 @@ class TokenizerRecipe(OptimizationRecipe):
         _fraction(self, "mask_ratio_mean", "mask_ratio_min", "mask_ratio_max", "mask_ratio_start", "mask_ratio_end")
         if self.mask_ratio_min > self.mask_ratio_max:
             raise ValueError(
-                f"`mask_ratio_min` must not exceed `mask_ratio_max`, got {self.mask_ratio_min} and {self.mask_ratio_max}."
+                f"`mask_ratio_min` must not exceed `mask_ratio_max`, got {self.mask_ratio_min} and "
+                f"{self.mask_ratio_max}."
             )
         if len(set(self.auxiliary_targets)) < len(self.auxiliary_targets):
             raise ValueError(f"`auxiliary_targets` names a target twice: {self.auxiliary_targets}.")
@@ -229,7 +256,7 @@ class SiTRecipe(OptimizationRecipe):
     Args:
         model (`dict`, *optional*, defaults to `{}`):
             Arguments of [`SiTTransformer1DModel`]. Flags are merged into it. `sample_size` and `in_channels` come from
-            the tokenizer, `num_classes` from the data set.
+            the tokenizer; `num_classes` from the data set, unless that does not say.
         time_density (`str`, *optional*, defaults to `"uniform"`):
             Density of the training times: `"uniform"`, or `"lognormal"`, whose logarithm of noise over data is normal.
         time_shift (`float`, *optional*, defaults to 1.0):
@@ -244,7 +271,7 @@ class SiTRecipe(OptimizationRecipe):
         super().__post_init__()
         from ..models.transformer_sit import SiTTransformer1DModel
 
-        derived = {"sample_size": "the tokenizer", "in_channels": "the tokenizer", "num_classes": "the data set"}
+        derived = {"sample_size": "the tokenizer", "in_channels": "the tokenizer"}
         check_model_settings(SiTTransformer1DModel, self.model, derived)
         _positive(self, "time_shift")
 
@@ -318,7 +345,8 @@ def parse_arguments(
     The command line of a training script: `--recipe`, and one flag for every field of the recipe and of the options.
 
     Args:
-        parser (`argparse.ArgumentParser`): The parser, as [`add_flags`] wants it; it exits with a message on bad input.
+        parser (`argparse.ArgumentParser`): The parser, as [`add_flags`] wants it; it exits with a message on bad
+            input.
         recipe_class (`type`): [`TokenizerRecipe`] or [`SiTRecipe`].
         options_class (`type`): [`RunOptions`] or one derived from it.
         recipe_folder (`str` or `Path`): Where a recipe given by its bare name is looked up.

@@ -17,17 +17,11 @@ class RunOptions:
         dataset_config_name (`str`, *optional*):
             Configuration of the data set.
         train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        validation_split (`str`, *optional*):
-            Held-out split for the final measurements; without it nothing held out is measured.
-        num_validation_images (`int`, *optional*, defaults to 500):
-            Images of the held-out split that are measured, the first ones.
+            Split of the data set to train on.
         image_column (`str`, *optional*):
             Column with the images; found from the data set's features by default.
-        label_column (`str`, *optional*):
-            Column with the class labels; found from the data set's features by default.
         cache_dir (`str`, *optional*):
-            Folder for downloads and row counts of the data set.
+            Folder in which the row counts of the data set are kept; `datasets`' own cache folder by default.
         seed (`int`, *optional*, defaults to 0):
             Every random draw of the run is a function of it.
         gradient_accumulation_steps (`int`, *optional*, defaults to 1):
@@ -57,10 +51,7 @@ class RunOptions:
     dataset_name: str
     dataset_config_name: str | None = None
     train_split: str = "train"
-    validation_split: str | None = None
-    num_validation_images: int = 500
     image_column: str | None = None
-    label_column: str | None = None
     cache_dir: str | None = None
     seed: int = 0
     gradient_accumulation_steps: int = 1
@@ -75,7 +66,6 @@ class RunOptions:
 
     def __post_init__(self):
         for name in (
-            "num_validation_images",
             "gradient_accumulation_steps",
             "checkpointing_steps",
             "checkpoints_total_limit",
@@ -111,11 +101,22 @@ class TokenizerRunOptions(RunOptions):
 
     Args:
         pretrained_model_name_or_path (`str`, *optional*):
-            Trained tokenizer (folder or Hub repository) to start from: required by the stage `"decoder_finetuning"`, not
-            accepted by `"mask_modelling"`, whose recipe describes the model.
+            Trained tokenizer (folder or Hub repository) to start from: required by the stage `"decoder_finetuning"`,
+            not accepted by `"mask_modelling"`, whose recipe describes the model.
+        validation_split (`str`, *optional*):
+            Held-out split on which the result is measured; without it nothing held out is measured.
+        num_validation_images (`int`, *optional*, defaults to 500):
+            Images of the held-out split that are measured, the first ones.
     """
 
     pretrained_model_name_or_path: str | None = None
+    validation_split: str | None = None
+    num_validation_images: int = 500
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_validation_images < 1:
+            raise ValueError(f"`num_validation_images` must be at least 1, got {self.num_validation_images}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +127,21 @@ class SiTRunOptions(RunOptions):
     Args:
         tokenizer_name_or_path (`str`):
             Trained tokenizer (folder or Hub repository) with latent statistics; it stays frozen.
+        label_column (`str`, *optional*):
+            Column with the class labels; found from the data set's features by default.
         cache_latents (`bool`, *optional*, defaults to `False`):
             Encode every image once before the training (and its mirror image if the recipe flips) and keep the latents
             in `output_dir`, instead of encoding each batch.
     """
 
     tokenizer_name_or_path: str
+    label_column: str | None = None
     cache_latents: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cache_latents and self.num_streams is not None:
+            raise ValueError(
+                f"`num_streams` = {self.num_streams} has no effect with `cache_latents`, which reads each image once: "
+                "remove it."
+            )

@@ -146,11 +146,21 @@ class HOGTarget(nn.Module):
 
     def _gradients(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sobel gradients along x and y of every colour, each of the shape of the images."""
-        offset = torch.arange(-1, 2, dtype=torch.float32, device=pixel_values.device)
-        sobel = torch.outer(2 - offset.abs(), -offset)  # (1, 2, 1) down the rows, left minus right
+        height, width = pixel_values.shape[-2:]
         padded = F.pad(pixel_values, (1, 1, 1, 1), mode="reflect")
-        kernels = [kernel.expand(self.num_colors, 1, 3, 3) for kernel in (sobel, sobel.T)]
-        return tuple(F.conv2d(padded, kernel, groups=self.num_colors) for kernel in kernels)
+
+        def neighbor(row: int, column: int) -> torch.Tensor:
+            return padded[..., row : row + height, column : column + width]
+
+        # Written out rather than as `conv2d`, but in its order of summation: where a gradient cancels, as 8-bit images
+        # often have it, rounding decides between the first and the last bin, and a convolution may round (or use TF32)
+        # differently on each device.
+        left_minus_right = neighbor(0, 0) - neighbor(0, 2)
+        left_minus_right = left_minus_right + 2 * neighbor(1, 0) - 2 * neighbor(1, 2)
+        left_minus_right = left_minus_right + neighbor(2, 0) - neighbor(2, 2)
+        top_minus_bottom = neighbor(0, 0) + 2 * neighbor(0, 1) + neighbor(0, 2)
+        top_minus_bottom = top_minus_bottom - neighbor(2, 0) - 2 * neighbor(2, 1) - neighbor(2, 2)
+        return left_minus_right, top_minus_bottom
 
     def _window(self, device: torch.device) -> torch.Tensor:
         """Gaussian weights of the pixels of one patch, of shape `(patch_size, patch_size)`, summing to 1."""
