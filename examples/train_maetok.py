@@ -237,7 +237,7 @@ def main():
             with accelerator.accumulate(model):
                 terms = model(pixel_values, mask, noise)
                 accelerator.backward(terms["loss"])
-                monitor.add(terms | {"replaced_images": batch["replaced"].float().mean()})
+                monitor.add(terms | {"replaced_fraction": batch["replaced"].float().mean()})
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(objective.trainable_parameters(), recipe.max_grad_norm)
                 optimizer.step()

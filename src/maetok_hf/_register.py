@@ -6,7 +6,6 @@ from the Hub.
 """
 
 import diffusers
-from diffusers.hooks import _helpers as hook_helpers
 from diffusers.pipelines import pipeline_loading_utils
 
 from .models.autoencoder_mae import AutoencoderMAE
@@ -34,13 +33,25 @@ def register() -> None:
     for cls in (MAETokDiffusionPipeline, AutoencoderMAE, SiTTransformer1DModel):
         setattr(diffusers, cls.__name__, cls)
 
-    # Caches and layer skipping look blocks and processors up by class. The registries' own `register` would first
-    # import every in-tree transformer, a second of import time, so the entries are made directly.
-    block = hook_helpers.TransformerBlockMetadata(
-        return_hidden_states_index=0, return_encoder_hidden_states_index=None
-    )
+    _register_hooks()
+
+
+def _register_hooks() -> None:
+    """Let diffusers' caches and layer-skipping guiders find our blocks and attention processors, by their class."""
+    try:
+        from diffusers.hooks._helpers import (
+            AttentionProcessorMetadata,
+            AttentionProcessorRegistry,
+            TransformerBlockMetadata,
+            TransformerBlockRegistry,
+        )
+    except ImportError:
+        # a private module: without it everything but caches and layer skipping works, and those say what they miss
+        return
+    # The registries' own `register` would first import every in-tree transformer, a second of import time, so the
+    # entries are made directly.
+    block = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
     block._cls = TransformerBlock
-    hook_helpers.TransformerBlockRegistry._registry[TransformerBlock] = block
-    hook_helpers.AttentionProcessorRegistry._registry[MAETokAttnProcessor] = hook_helpers.AttentionProcessorMetadata(
-        skip_processor_output_fn=_skip_attention
-    )
+    TransformerBlockRegistry._registry[TransformerBlock] = block
+    processor = AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
+    AttentionProcessorRegistry._registry[MAETokAttnProcessor] = processor

@@ -39,6 +39,10 @@ def test_all_digits_are_there_once_with_a_black_border(folder):
     assert sorted((image[2:30, 2:30, 0].tobytes(), label) for image, label in found) == expected
 
 
+def test_others_can_read_it(folder):
+    assert folder.stat().st_mode & 0o755 == 0o755
+
+
 def test_rows_are_in_random_order(folder):
     labels = [label for _, label in rows(folder, "train")]
     assert all(len(set(labels[start : start + 64])) >= 8 for start in range(0, 4480, 64))

@@ -120,6 +120,21 @@ def test_flip_mirrors_half_of_the_images_and_leaves_the_crops_alone():
     assert 70 < flipped < 130
 
 
+def test_flip_is_independent_of_where_the_crop_lies():
+    ramp = np.zeros((200, 200, 3), dtype=np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(200)[None, :], np.arange(200)[:, None]
+    transform, image = ImageTransform(100, crop="random", random_flip=True), PIL.Image.fromarray(ramp)
+    results = [to_uint8(transform(image, keyed_generator(0, "augment", 0, i))).astype(int) for i in range(400)]
+    flipped = [float(result[0, 0, 0] > result[0, -1, 0]) for result in results]
+    places = [
+        [result[0, :, 0].min() for result in results],
+        [result[0, 0, 1] for result in results],
+        [np.ptp(result[:, 0, 1]) for result in results],
+    ]
+    for place in places:
+        assert abs(np.corrcoef(flipped, place)[0, 1]) < 0.2
+
+
 def test_a_random_transform_without_generator_is_refused():
     for transform in (ImageTransform(8, random_flip=True), ImageTransform(8, crop="random")):
         with pytest.raises(ValueError, match="generator"):

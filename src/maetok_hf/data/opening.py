@@ -59,9 +59,7 @@ def _cached_counts(
     identity = json.dumps([_CACHE_VERSION, kind, chunk_size, keys])
     path = Path(cache_dir) / f"{kind}-{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.json"
     try:
-        counts = json.loads(path.read_text())
-        if len(counts) == len(files):
-            return counts
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         pass  # not there yet, or damaged: count again
     logger.info("Counting the rows of %d %s files, once.", len(files), kind)

@@ -1,8 +1,10 @@
 """Class labels to images: the pipeline around a MAETok tokenizer and a transformer trained on its latents."""
 
+import difflib
 import inspect
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,6 +29,38 @@ from ..schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaru
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # times are float32 in some schedulers: the interval's ends still count as inside
 _INTERVAL_TOLERANCE = 1e-6
+
+
+def _check_id2label(id2label: Any) -> dict[int, str] | None:
+    """Class names with integer keys, which JSON turns into strings."""
+    if id2label is None:
+        return None
+    if not isinstance(id2label, Mapping):
+        raise ValueError(f"`id2label` must map class indices to names, such as {{0: 'tench'}}, got {id2label!r}.")
+    for index, name in id2label.items():
+        if re.fullmatch(r"\d+", str(index)) is None or not isinstance(name, str):
+            raise ValueError(f"`id2label` must map class indices to names, but has the entry {index!r}: {name!r}.")
+    return {int(index): name for index, name in id2label.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def _flatten_labels(class_labels: Any) -> list[int | str]:
+    """Indices and names of any accepted form of labels, in order."""
+    if isinstance(class_labels, str):
+        return [class_labels]
+    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+        return _flatten_labels(class_labels.tolist())
+    if isinstance(class_labels, (list, tuple)):
+        return [label for entry in class_labels for label in _flatten_labels(entry)]
+    if isinstance(class_labels, (int, np.integer)) and not isinstance(class_labels, bool):
+        return [int(class_labels)]
+    raise ValueError(
+        f"`class_labels` must hold class indices (integers) or names, got {class_labels!r} of "
+        f"{type(class_labels).__name__}."
+    )
 
 
 class MAETokDiffusionPipeline(DiffusionPipeline):
@@ -45,6 +80,9 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             `prediction_type="flow_prediction"` and `use_flow_sigmas=True`. It must follow the path the transformer was
             trained on; all but the first one follow the linear path.
         id2label (`dict[int, str]`, *optional*): Names of the classes; a name may list synonyms separated by commas.
+
+    Raises:
+        ValueError: If `id2label` does not map class indices to names.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -59,9 +97,8 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        # JSON turns integer keys into strings
-        id2label = None if id2label is None else {int(index): name for index, name in id2label.items()}
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(id2label=_check_id2label(id2label))
+        self._current_timestep = None
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae.config.patch_size if getattr(self, "vae", None) is not None else 16
         )
@@ -71,9 +108,10 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         """`dict[str, list[int]]`: Every class name and synonym with the classes that bear it; empty without
         `id2label`."""
         labels: dict[str, list[int]] = {}
-        for index, names in ((int(index), names) for index, names in (self.config.id2label or {}).items()):
-            for name in {names.strip(), *(synonym.strip() for synonym in names.split(","))}:
-                labels.setdefault(name, []).append(index)
+        for index, names in (self.config.id2label or {}).items():
+            # a name without synonyms is its own only synonym
+            for name in dict.fromkeys([names.strip(), *map(str.strip, names.split(","))]):
+                labels.setdefault(name, []).append(int(index))
         return labels
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
@@ -90,34 +128,29 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: If the pipeline has no `id2label`, or a name is unknown or borne by several classes.
         """
-        names = [label] if isinstance(label, str) else list(label)
         labels = self.labels
-        if not labels:
-            raise ValueError(f"class names such as {names[0]!r} need `id2label`, which this pipeline does not have.")
         indices = []
-        for name in names:
-            found = labels.get(name.strip(), [])
-            if len(found) != 1:
-                problem = "is not a class name of this pipeline (see `pipe.labels`)"
-                if found:
-                    problem = f"is the name of classes {found}: pass the index"
-                raise ValueError(f"`class_labels`: {name!r} {problem}.")
+        for name in [label] if isinstance(label, str) else label:
+            if not labels:
+                raise ValueError(
+                    f"the class name {name!r} needs `id2label`, which this pipeline does not have: pass the class "
+                    "index, or build the pipeline with names, `MAETokDiffusionPipeline(..., id2label={0: 'tench'})`."
+                )
+            found = labels.get(name.strip(), []) if isinstance(name, str) else []
+            if not found:
+                similar = difflib.get_close_matches(str(name), labels, n=3)
+                hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else "see `pipe.labels`."
+                raise ValueError(f"{name!r} is not a class name of this pipeline: {hint}")
+            if len(found) > 1:
+                raise ValueError(f"{name!r} is the name of classes {found}: pass the index of the one you mean.")
             indices.append(found[0])
         return indices
 
-    def _flatten_labels(self, class_labels: Any) -> list[int]:
+    def _get_class_indices(self, class_labels: Any) -> list[int]:
         """Indices of any accepted form of labels, in order."""
-        if isinstance(class_labels, str):
-            return self.get_label_ids(class_labels)
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            return self._flatten_labels(class_labels.tolist())
-        if isinstance(class_labels, (list, tuple)):
-            return [index for entry in class_labels for index in self._flatten_labels(entry)]
-        if isinstance(class_labels, (int, np.integer)) and not isinstance(class_labels, bool):
-            return [int(class_labels)]
-        raise ValueError(
-            f"`class_labels` must hold class indices or names, got {class_labels!r} of {type(class_labels)}."
-        )
+        flat = _flatten_labels(class_labels)
+        named = iter(self.get_label_ids([label for label in flat if isinstance(label, str)]))
+        return [next(named) if isinstance(label, str) else label for label in flat]
 
     def _check_components(self) -> None:
         """Sizes and paths of the components must fit each other."""
@@ -129,8 +162,8 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         for what, name, takes, gives in pairs:
             if takes != gives:
                 raise ValueError(
-                    f"the transformer's `{name}` is {takes}, but the vae decodes latents of {gives} {what}: "
-                    "these two were not trained together."
+                    f"the transformer's `{name}` is {takes}, but the vae decodes latents of {gives} {what}: these two "
+                    "were not trained together."
                 )
         names = self.config.id2label or {}
         unknown = [index for index in map(int, names) if not 0 <= index < transformer.num_classes]
@@ -193,26 +226,50 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         ):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(f"`guidance_scale` must be finite and at least 0, got {guidance_scale}.")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        if not _is_number(guidance_scale) or not (math.isfinite(guidance_scale) and guidance_scale >= 0):
             raise ValueError(
-                f"`guidance_interval` must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval}."
+                f"`guidance_scale` must be a finite number of at least 0 (1 is no guidance), got {guidance_scale!r}."
+            )
+        is_pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
+        if (
+            not is_pair
+            or not all(map(_is_number, guidance_interval))
+            or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
+        ):
+            raise ValueError(
+                "`guidance_interval` must be (low, high), times in [0, 1] with low <= high and noise at 1, got "
+                f"{guidance_interval!r}."
             )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        if sigmas is not None and "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-            raise ValueError(f"`sigmas`: {type(self.scheduler).__name__} does not take a custom grid.")
+        if sigmas is not None:
+            if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"`sigmas`: {type(self.scheduler).__name__} takes no custom grid; pass `num_inference_steps`."
+                )
+            grid = np.asarray(sigmas, dtype=np.float64)
+            if grid.ndim != 1 or not (grid[0] <= 1 and grid[-1] > 0 and (np.diff(grid) < 0).all()):
+                raise ValueError(
+                    f"`sigmas` must hold the start time of every step, decreasing within (0, 1], got {sigmas}."
+                )
 
         # class_labels=None is one label, the null class
         batch_size = max(1, len(labels)) * num_images_per_label
+        generators = generator if isinstance(generator, list) else [generator]
+        if not all(isinstance(g, torch.Generator) for g in generators) and generator is not None:
+            raise ValueError(
+                f"`generator` must be a `torch.Generator` or a list of them, got {generator!r}: for a seed pass "
+                "`torch.Generator().manual_seed(seed)`."
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
-                f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for: "
-                "give one per image."
+                f"`generator` is a list of {len(generator)}, but {batch_size} images are asked for: give one per "
+                "image, or a single generator for all."
             )
         if latents is not None:
             expected = (batch_size, self.transformer.config.sample_size, self.transformer.config.in_channels)
+            if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+                raise ValueError(f"`latents` must be a tensor of floats, got {latents!r}.")
             if tuple(latents.shape) != expected:
                 raise ValueError(
                     f"`latents` must have shape {expected} (images, tokens, channels), got {tuple(latents.shape)}."
@@ -294,6 +351,12 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """`torch.Tensor`: The scheduler's timestep of the current model evaluation, which caches ask for; `None`
+        outside a run."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
         """`bool`: Whether the current run skips its remaining steps; a callback may set `_interrupt`."""
         return self._interrupt
@@ -361,8 +424,11 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         >>> image = pipe(class_labels="7", generator=torch.Generator().manual_seed(0)).images[0]
         ```
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
         # 1. Check inputs
-        labels = [] if class_labels is None else self._flatten_labels(class_labels)
+        labels = [] if class_labels is None else self._get_class_indices(class_labels)
         if class_labels is not None and not labels:
             raise ValueError("`class_labels` is empty: give at least one class, or None to sample unconditionally.")
         self.check_inputs(
@@ -378,6 +444,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
+        self._current_timestep = None
         self._interrupt = False
         device = self._execution_device
 
@@ -400,6 +467,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                self._current_timestep = t
                 # Heun's corrector belongs to the step that its predictor began
                 corrector = self.scheduler.order == 2 and not self.scheduler.state_in_first_order
                 inside = low <= times[i - 1 if corrector else i] <= high
@@ -413,6 +481,8 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
                         callback_kwargs[name] = locals()[name]
                     latents = (callback_on_step_end(self, i, t, callback_kwargs) or {}).pop("latents", latents)
                 progress_bar.update()
+
+        self._current_timestep = None
 
         # 4. Decode
         if output_type == "latent":

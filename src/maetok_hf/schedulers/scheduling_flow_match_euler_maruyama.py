@@ -144,18 +144,23 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(times)
         self._set_grid(times, device)
 
-    def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
+    def index_for_timestep(
+        self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
+    ) -> int:
         """
+        Position of a timestep in a schedule.
+
         Args:
-            timestep (`float` or `torch.Tensor`): One of `timesteps`.
+            timestep (`float` or `torch.Tensor`): One of the schedule's timesteps.
+            schedule_timesteps (`torch.Tensor`, *optional*): The schedule; the scheduler's own `timesteps` by default.
 
         Returns:
             `int`: Its index.
 
         Raises:
-            ValueError: If it is not one of `timesteps`.
+            ValueError: If it is not one of them.
         """
-        found = (self.timesteps == timestep).nonzero()
+        found = ((self.timesteps if schedule_timesteps is None else schedule_timesteps) == timestep).nonzero()
         if len(found) == 0:
             raise ValueError(f"`timestep` {float(timestep)} is not one of the scheduler's `timesteps`.")
         return found[0].item()
@@ -185,14 +190,19 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             `torch.Tensor`: Shape and dtype of `sample`.
 
         Raises:
-            ValueError: If a timestep is out of range.
+            ValueError: If a timestep is out of range, or `noise` does not have the shape of `sample`.
         """
+        if noise.shape != sample.shape:
+            raise ValueError(
+                f"`noise` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(noise.shape)}."
+            )
         t = torch.as_tensor(timestep, dtype=torch.float64, device=sample.device) / self.config.num_train_timesteps
         if not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"`timestep` must lie in [0, {self.config.num_train_timesteps}], got {timestep}.")
-        t = t.reshape(-1, *(1,) * (sample.ndim - 1)).to(sample.dtype)
-        coefficients = path_coefficients(t, self.config.path)
-        return coefficients.alpha * sample + coefficients.sigma * noise
+        # times rounded to bfloat16 would be off by up to 0.4 %, so the coefficients are rounded instead
+        alpha, sigma = (c.to(sample.dtype) for c in path_coefficients(t, self.config.path)[:2])
+        shape = (-1, *(1,) * (sample.ndim - 1))
+        return alpha.reshape(shape) * sample + sigma.reshape(shape) * noise
 
     def step(
         self,
@@ -212,7 +222,8 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             sample (`torch.Tensor` of shape `(batch_size, ...)`): The current sample.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source of the noise, one or one a
                 sample.
-            noise (`torch.Tensor` of the shape of `sample`, *optional*): The noise itself, instead of `generator`.
+            noise (`torch.Tensor` of the shape of `sample`, *optional*): The noise itself, instead of drawing it from
+                `generator`. The last step adds none.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
 
         Returns:
@@ -223,7 +234,9 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If `timestep` is an integer (an index) or not one of `timesteps`, the schedule has ended, or
                 `noise` does not have the shape of `sample`.
         """
-        if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
+        if isinstance(timestep, (int, np.integer)) or (
+            isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()
+        ):
             raise ValueError(
                 f"`timestep` must be one of the scheduler's `timesteps`, not an integer such as an index, got "
                 f"{timestep}."

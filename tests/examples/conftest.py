@@ -1,0 +1,216 @@
+"""Tiny data and recipes for the training scripts, and ways to run, interrupt and compare them."""
+
+import importlib.util
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FAULTY_LAUNCH = Path(__file__).parent / "faulty_launch.py"
+
+TOKENIZER_RECIPE = """
+resolution: 16
+model:
+  patch_size: 4
+  hidden_size: 16
+  num_layers: 2
+  num_attention_heads: 1
+  num_latent_tokens: 4
+  latent_channels: 2
+  decoder_drop_path_rate: 0.3
+  layer_scale_init_value: 0.5
+auxiliary_num_layers: 1
+auxiliary_hidden_size: 16
+auxiliary_num_attention_heads: 1
+total_batch_size: 8
+max_train_steps: 8
+learning_rate: 1.0e-2
+scale_learning_rate: false
+lr_warmup_steps: 2
+ema_decay: 0.8
+latent_statistics_images: 24
+"""
+DECODER_RECIPE = """
+stage: decoder_finetuning
+resolution: 16
+mask_ratio_decay_steps: 4
+total_batch_size: 8
+max_train_steps: 8
+learning_rate: 1.0e-2
+scale_learning_rate: false
+lr_warmup_steps: 2
+ema_decay: 0.8
+"""
+SIT_RECIPE = """
+resolution: 16
+model:
+  num_layers: 1
+  num_attention_heads: 2
+  attention_head_dim: 8
+total_batch_size: 8
+max_train_steps: 8
+learning_rate: 1.0e-2
+ema_decay: 0.8
+"""
+
+
+def _png(index: int) -> bytes:
+    """A square whose place and colour depend on `index`; a shade per class is not enough to be memorised in 8 steps."""
+    rng = np.random.default_rng(index)
+    pixels = np.full((20, 24, 3), 32, dtype=np.uint8)
+    top, left = rng.integers(0, 12, 2)
+    pixels[top : top + 8, left : left + 8] = rng.integers(64, 256, 3)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory):
+    """Parquet shards: `train` has 41 rows of 3 classes, one of them corrupt, `test` has 6."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    folder = tmp_path_factory.mktemp("data")
+    features = Features({"image": Image(), "label": ClassLabel(names=["one", "two", "three"])})
+    for split, shards in (("train", [range(0, 16), range(16, 41)]), ("test", [range(100, 106)])):
+        for number, rows in enumerate(shards):
+            images = [{"bytes": b"broken" if row == 7 else _png(row), "path": None} for row in rows]
+            table = Dataset.from_dict({"image": images, "label": [row % 3 for row in rows]}, features=features)
+            table.to_parquet(folder / f"{split}-{number}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory):
+    """Paths of the tiny recipes by name."""
+    folder = tmp_path_factory.mktemp("recipes")
+    texts = {"tokenizer": TOKENIZER_RECIPE, "decoder": DECODER_RECIPE, "sit": SIT_RECIPE}
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return {name: folder / f"{name}.yaml" for name in texts}
+
+
+@pytest.fixture
+def base_flags(data_folder, tmp_path):
+    """Flags that every run needs but `--recipe` and `--output_dir`."""
+    return ["--dataset_name", str(data_folder), "--cache_dir", str(tmp_path / "cache"), "--logging_steps", "1"]
+
+
+def load_script(name: str):
+    """The module of a training script, freshly executed."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Run a script's `main` in this process: `run_here(script, *flags, prepare=...)` with a hook on its module."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+
+    def run(name, *flags, prepare=lambda module: None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        module = load_script(name)
+        prepare(module)
+        with monkeypatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            patch.setattr(sys, "argv", [name, *map(str, flags)])
+            module.main()
+
+    torch.set_num_threads(1)
+    yield run
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def launch_command(name: str, *flags, processes: int = 1, fault: str | None = None) -> list[str]:
+    """The `accelerate launch` command line of a script on the CPU, with one thread per process."""
+    script = [str(EXAMPLES / f"{name}.py")]
+    if fault is not None:
+        script = [str(FAULTY_LAUNCH), fault, *script]
+    place = ["--cpu"] if processes == 1 else ["--multi_gpu", "--main_process_port", "0"]
+    settings = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    settings += ["--num_cpu_threads_per_process", 1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *place, *settings, *script, *flags]
+    return [str(word) for word in command]
+
+
+def launch_environment() -> dict[str, str]:
+    # `--multi_gpu` is accelerate's only local launcher of several processes; this makes it take the CPU and gloo
+    return os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def launch():
+    """Run a script by `accelerate launch`: `launch(script, *flags, processes=1, fault=None)`, the output and code."""
+
+    def run(name, *flags, **settings):
+        return subprocess.run(
+            launch_command(name, *flags, **settings),
+            env=launch_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+
+    return run
+
+
+@pytest.fixture
+def result_of():
+    """Everything a run leaves that must not depend on interruptions: weights, optimiser, log without times."""
+
+    def read(folder):
+        folder = Path(folder)
+        state = {}
+        checkpoint = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        state["checkpoint"] = checkpoint.name
+        for path in [*folder.glob("*.safetensors"), *folder.glob("transformer/*.safetensors")]:
+            state |= {f"export/{path.name}/{name}": value for name, value in load_file(path).items()}
+        for path in checkpoint.rglob("*.safetensors"):
+            prefix = path.relative_to(checkpoint)
+            state |= {f"{prefix}/{name}": value for name, value in load_file(path).items()}
+        optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+        for number, moments in optimizer["state"].items():
+            state |= {f"optimizer/{number}/{name}": value for name, value in moments.items()}
+        log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+        state["log"] = [{name: value for name, value in entry.items() if name != "seconds"} for entry in log]
+        return state
+
+    return read
+
+
+@pytest.fixture
+def assert_same_result(result_of):
+    """Compare two runs' folders bit for bit."""
+
+    def compare(one, other):
+        one, other = result_of(one), result_of(other)
+        assert one.keys() == other.keys()
+        assert sum(isinstance(value, torch.Tensor) for value in one.values()) > 20
+        for name, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other[name]), name
+            else:
+                assert value == other[name], name
+
+    return compare

@@ -1,0 +1,101 @@
+"""Latent statistics equal those of all latents at once, however they are split."""
+
+import pytest
+import torch
+
+from maetok_hf.models.autoencoder_mae import AutoencoderMAE
+from maetok_hf.training.latent_statistics import LatentStatistics, encode_latents
+
+
+@pytest.fixture
+def latents():
+    generator = torch.Generator().manual_seed(0)
+    # a large mean beside a small spread is where sums of squares lose their digits
+    return torch.randn(50, 4, 3, generator=generator) * torch.tensor([0.1, 1.0, 2.0]) + torch.tensor([1e3, 0.0, -5.0])
+
+
+def measure(batches):
+    statistics = LatentStatistics(3)
+    for batch in batches:
+        statistics.update(batch)
+    return statistics
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50])
+def test_statistics_equal_those_of_everything_at_once(latents, batch_size):
+    statistics = measure(latents.split(batch_size))
+    flat = latents.double().flatten(0, 1)
+    mean, std = statistics.result("channel")
+    assert mean == pytest.approx(flat.mean(0).tolist(), rel=1e-12)
+    assert std == pytest.approx(flat.std(0, unbiased=False).tolist(), rel=1e-12)
+    mean, std = statistics.result("scalar")
+    assert mean == pytest.approx(flat.mean().item(), rel=1e-12)
+    assert std == pytest.approx(flat.std(unbiased=False).item(), rel=1e-12)
+
+
+def test_shares_of_several_processes_merge_into_the_whole(latents):
+    whole = measure([latents])
+    shares = torch.stack([measure([latents[:20]]).state(), measure([]).state(), measure(latents[20:].split(9)).state()])
+    merged = LatentStatistics.merged(shares)
+    torch.testing.assert_close(merged.state(), whole.state(), rtol=1e-12, atol=1e-12)
+
+
+def test_normalised_latents_have_zero_mean_and_unit_variance(latents):
+    from maetok_hf.models.latents import normalize_latents
+
+    mean, std = measure([latents]).result("channel")
+    normalised = normalize_latents(latents.double(), {"latents_mean": mean, "latents_std": std}).flatten(0, 1)
+    torch.testing.assert_close(normalised.mean(0), torch.zeros(3, dtype=torch.float64), atol=2e-3, rtol=0)
+    torch.testing.assert_close(normalised.std(0, unbiased=False), torch.ones(3, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("batches", "kind", "message"),
+    [
+        ([], "scalar", "No latents were added"),
+        ([torch.ones(2, 4, 3)], "scalar", "do not vary"),
+        ([torch.ones(2, 4, 3)], "patch", "must be 'scalar' or 'channel', got 'patch'"),
+    ],
+)
+def test_statistics_that_cannot_normalise_are_refused(batches, kind, message):
+    with pytest.raises(ValueError, match=message):
+        measure(batches).result(kind)
+
+
+def test_one_constant_channel_is_refused_per_channel():
+    batch = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+    batch[..., 1] = 2.0
+    assert measure([batch]).result("scalar")[1] > 0
+    with pytest.raises(ValueError, match="do not vary"):
+        measure([batch]).result("channel")
+
+
+def test_broken_latents_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        measure([torch.full((1, 4, 3), float("inf"))])
+    with pytest.raises(ValueError, match=r"must have 3 channels, got shape \(1, 4, 2\)"):
+        measure([torch.zeros(1, 4, 2)])
+
+
+@pytest.mark.parametrize("gaussian_posterior", [False, True])
+def test_encoded_latents_are_raw_and_carry_no_gradient(gaussian_posterior):
+    torch.manual_seed(0)
+    tokenizer = AutoencoderMAE(
+        sample_size=8,
+        patch_size=4,
+        latent_channels=2,
+        num_latent_tokens=3,
+        hidden_size=8,
+        num_layers=1,
+        num_attention_heads=1,
+        gaussian_posterior=gaussian_posterior,
+        latents_mean=5.0,
+        latents_std=3.0,
+    ).eval()
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents = encode_latents(tokenizer, images)
+    encoded = tokenizer.encode(images)
+    expected = encoded.latent_dist.mode() if gaussian_posterior else encoded.latent
+    assert latents.shape == (2, 3, 2)
+    assert not latents.requires_grad
+    assert torch.equal(latents, expected)
