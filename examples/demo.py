@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from sklearn.svm import SVC
 import maetok_hf
 from maetok_hf import MAETokDiffusionPipeline
 from maetok_hf.data import export_mnist
+from maetok_hf.training.recipes import SiTRecipe, TokenizerRecipe, load_recipe, recipe_to_dict
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -105,26 +107,44 @@ def run_in_own_group(command: list[str]) -> int:
             signal.signal(stop, handler)
 
 
-def train(script: str, recipe: str, output_dir: Path, args: argparse.Namespace, *options: str) -> dict:
+def train(
+    script: str, recipe_class: type, recipe: str, output_dir: Path, args: argparse.Namespace, *options: str
+) -> dict:
     """One training stage through `accelerate launch`; returns its report. A finished stage is not run again."""
-    report = output_dir / "train_report.json"
+    report_file = output_dir / "train_report.json"
+    overrides = {}
+    if args.max_train_steps is not None:
+        overrides = {"max_train_steps": args.max_train_steps, "lr_warmup_steps": 0}
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--num_processes", "1", "--num_cpu_threads_per_process", str(args.num_threads)),
         *(str(EXAMPLES / script), "--recipe", recipe),
         *("--dataset_name", str(args.output_dir / "data"), "--output_dir", str(output_dir), "--seed", str(args.seed)),
-        *options,
+        *("--checkpointing_steps", "500", *options),
+        *(word for name, value in overrides.items() for word in (f"--{name}", str(value))),
     ]
-    if args.max_train_steps is not None:
-        command += ["--max_train_steps", str(args.max_train_steps), "--lr_warmup_steps", "0"]
-    if not report.is_file():
+    if not report_file.is_file():
         print(f"\n=== {recipe}\n{shlex.join(command)}\n", flush=True)
         status = run_in_own_group(command)
         if status != 0:
             sys.exit(
                 f"{script} ended with status {status}; give the same command again to go on from its last checkpoint."
             )
-    return json.loads(report.read_text(encoding="utf-8"))
+    report = json.loads(report_file.read_text(encoding="utf-8"))
+    settings = recipe_to_dict(load_recipe(recipe_class, EXAMPLES / "recipes" / f"{recipe}.yaml", overrides))
+    if report["recipe"] != settings or report["options"]["seed"] != args.seed:
+        sys.exit(f"{output_dir} was trained with another recipe or seed: remove it, or choose another --output_dir.")
+    return report
+
+
+def save_pipeline(pipe: MAETokDiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline by itself, without the checkpoints beside it; the folder appears when it is complete."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    for leftover in (partial, folder):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    pipe.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def load_split(args: argparse.Namespace, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -209,25 +229,26 @@ def main() -> None:
     export_mnist(output_dir / "data", seed=args.seed)
 
     # 2. Train: mask modelling with the HOG target, then the decoder alone, then the generator on the latents
-    tokenizer, finetuned = output_dir / "tokenizer", output_dir / "tokenizer-finetuned"
+    tokenizer, finetuned, generator = (output_dir / name for name in ("tokenizer", "tokenizer-finetuned", "generator"))
+    held_out = ("--validation_split", "test")
+    from_tokenizer = ("--pretrained_model_name_or_path", str(tokenizer))
+    from_finetuned = ("--tokenizer_name_or_path", str(finetuned), "--cache_latents")
     stages = {
-        "tokenizer": train("train_maetok.py", "demo-tokenizer", tokenizer, args, "--validation_split", "test"),
+        "tokenizer": train("train_maetok.py", TokenizerRecipe, "demo-tokenizer", tokenizer, args, *held_out),
         "decoder": train(
-            *("train_maetok.py", "demo-decoder", finetuned, args, "--validation_split", "test"),
-            *("--pretrained_model_name_or_path", str(tokenizer)),
+            "train_maetok.py", TokenizerRecipe, "demo-decoder", finetuned, args, *held_out, *from_tokenizer
         ),
-        "generator": train(
-            *("train_sit.py", "demo-sit", output_dir / "generator", args),
-            *("--tokenizer_name_or_path", str(finetuned), "--cache_latents"),
-        ),
+        "generator": train("train_sit.py", SiTRecipe, "demo-sit", generator, args, *from_finetuned),
     }
+    save_pipeline(MAETokDiffusionPipeline.from_pretrained(generator), output_dir / "pipeline")
 
     # 3. Load the pipeline back, as anyone would, and sample
     pipe = MAETokDiffusionPipeline.from_pretrained(output_dir / "pipeline")
     if torch.cuda.is_available():
         pipe.to("cuda")
     num_classes = pipe.transformer.config.num_classes
-    names = [pipe.config.id2label[str(index)] for index in range(num_classes)]
+    id2label = {int(index): name for index, name in pipe.config.id2label.items()}
+    names = [id2label[index] for index in range(num_classes)]
     sampling_start = time.perf_counter()
     samples, labels = generate(pipe, args.samples_per_class * num_classes, num_classes)
     sampling_seconds = time.perf_counter() - sampling_start

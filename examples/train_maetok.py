@@ -36,7 +36,7 @@ from maetok_hf.seeding import keyed_seed
 from maetok_hf.training.auxiliary import AuxiliaryDecoder
 from maetok_hf.training.checkpointing import Checkpointer, data_identity, export, model_digest, write_json
 from maetok_hf.training.draws import sample_noise
-from maetok_hf.training.interruption import RunLock, StopRequest, ignore_stop_signals
+from maetok_hf.training.interruption import RunLock, StopRequest, outlive_stop_signal
 from maetok_hf.training.latent_statistics import LatentStatistics, encode_latents
 from maetok_hf.training.masking import linear_mask_ratio, sample_masks, sample_step_mask_ratio
 from maetok_hf.training.optim import create_ema, set_learning_rate
@@ -107,7 +107,7 @@ def held_out_psnr(tokenizer: AutoencoderMAE, images: HeldOutImages, accelerator:
     for batch in images:
         pixel_values = batch["pixel_values"].to(accelerator.device)
         psnr = peak_signal_to_noise_ratio(tokenizer(pixel_values).sample, pixel_values)
-        total += torch.tensor([psnr.sum(), len(psnr)], device=accelerator.device)
+        total += torch.tensor([psnr.sum().item(), len(psnr)], device=accelerator.device)
     total = accelerator.reduce(total)
     return (total[0] / total[1]).item()
 
@@ -194,7 +194,7 @@ def main():
     first_step, seconds = checkpointer.load(options.resume_from_checkpoint)
     stream.set_start(first_step * options.gradient_accumulation_steps)
     loader = stream.dataloader(pin_memory=accelerator.device.type == "cuda")
-    loader.worker_init_fn = ignore_stop_signals
+    loader.worker_init_fn = outlive_stop_signal
     accelerator.print(
         f"{tokenizer.num_parameters() / 1e6:.1f} M parameters, {source.num_rows} images, "
         f"{stream.micro_batches_per_epoch // options.gradient_accumulation_steps} steps per epoch "
@@ -237,7 +237,8 @@ def main():
             with accelerator.accumulate(model):
                 terms = model(pixel_values, mask, noise)
                 accelerator.backward(terms["loss"])
-                monitor.add(terms | {"replaced_fraction": batch["replaced"].float().mean()})
+                replaced = batch["replaced"].float().mean().to(accelerator.device, non_blocking=True)
+                monitor.add(terms | {"replaced_fraction": replaced})
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(objective.trainable_parameters(), recipe.max_grad_norm)
                 optimizer.step()

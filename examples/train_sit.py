@@ -35,7 +35,7 @@ from maetok_hf.schedulers import FlowMatchEulerMaruyamaScheduler
 from maetok_hf.seeding import keyed_seed
 from maetok_hf.training.checkpointing import Checkpointer, data_identity, export, model_digest, write_json
 from maetok_hf.training.flow_matching import FlowMatchingObjective, sample_flow_draws
-from maetok_hf.training.interruption import RunLock, StopRequest, ignore_stop_signals
+from maetok_hf.training.interruption import RunLock, StopRequest, outlive_stop_signal
 from maetok_hf.training.latent_cache import LatentCache
 from maetok_hf.training.latent_statistics import encode_latents
 from maetok_hf.training.optim import create_ema, set_learning_rate
@@ -106,7 +106,7 @@ def cache_latents(
             world_size=accelerator.num_processes,
         )
         loader = torch.utils.data.DataLoader(
-            images, batch_size=None, num_workers=options.dataloader_num_workers, worker_init_fn=ignore_stop_signals
+            images, batch_size=None, num_workers=options.dataloader_num_workers, worker_init_fn=outlive_stop_signal
         )
         LatentCache.fill(folder, loader, lambda pixels: encode(tokenizer, pixels, accelerator))
         accelerator.wait_for_everyone()
@@ -212,7 +212,7 @@ def main():
     else:
         stream.set_start(start_micro_batch)
         loader = stream.dataloader(pin_memory=accelerator.device.type == "cuda")
-        loader.worker_init_fn = ignore_stop_signals
+        loader.worker_init_fn = outlive_stop_signal
         batches = encoded_batches(loader, tokenizer, accelerator)
     accelerator.print(
         f"{transformer.num_parameters() / 1e6:.1f} M parameters, {source.num_rows} images of "

@@ -67,7 +67,7 @@ ema_decay: 0.8
 
 
 def _png(index: int) -> bytes:
-    """A square whose place and colour depend on `index`; a shade per class is not enough to be memorised in 8 steps."""
+    """A square whose place and colour depend on `index`; a shade per class cannot be learned in 8 steps."""
     rng = np.random.default_rng(index)
     pixels = np.full((20, 24, 3), 32, dtype=np.uint8)
     top, left = rng.integers(0, 12, 2)

@@ -9,11 +9,17 @@ import pytest
 import torch
 from diffusers import AutoModel
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from diffusers.training_utils import EMAModel
 from diffusers.utils import constants
 from diffusers.utils import logging as diffusers_logging
 
+from maetok_hf.models import layers
 from maetok_hf.models.layers import MAETokAttention, MAETokAttnProcessor, TransformerBlock
 from tests.testing_utils import MODEL_CASES, seeded_normal
 
@@ -107,7 +113,9 @@ def test_config_round_trips_through_json(case, tmp_path):
 
 def test_unknown_attributes_raise_and_config_names_warn(case):
     model = case.build()
-    with pytest.raises(AttributeError, match=f"^'{case.model_class.__name__}' object has no attribute 'no_such_name'$"):
+    with pytest.raises(
+        AttributeError, match=f"^'{case.model_class.__name__}' object has no attribute 'no_such_name'$"
+    ):
         model.no_such_name  # noqa: B018
     model.register_to_config(another_entry=5)
     with pytest.warns(FutureWarning):
@@ -172,7 +180,8 @@ def test_low_precision_loading_keeps_float32_modules(case, dtype, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = case.model_class.from_pretrained(tmp_path, torch_dtype=dtype)
     assert loaded.dtype == dtype
-    kept = case.model_class._keep_in_fp32_modules or []
+    kept = ["freqs"]  # angles are frequencies times positions: half precision would rotate far tokens elsewhere
+    assert (case.model_class._keep_in_fp32_modules or []) == [k for k in kept if hasattr(case.model_class, "encode")]
     for name, parameter in loaded.named_parameters():
         expected = torch.float32 if set(kept) & set(name.split(".")) else dtype
         assert parameter.dtype == expected, name
@@ -289,6 +298,20 @@ def test_attention_backend_reaches_every_layer(case):
         _AttentionBackendRegistry.set_active_backend(active)
     with attention_backend("_native_math"):
         torch.testing.assert_close(case.run(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_runs_on_the_backend_of_its_processor(case, monkeypatch):
+    model, used = case.build(), []
+
+    def spy(*args, backend=None, **kwargs):
+        used.append(backend)
+        return dispatch_attention_fn(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(layers, "dispatch_attention_fn", spy)
+    for module in attention_modules(model):
+        module.processor._attention_backend = AttentionBackendName._NATIVE_MATH
+    case.run(model)
+    assert used == [AttentionBackendName._NATIVE_MATH] * len(attention_modules(model))
 
 
 def test_fusing_and_unfusing_projections_changes_nothing(case):

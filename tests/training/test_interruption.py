@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from maetok_hf.training.interruption import RunLock, StopRequest, ignore_stop_signals
+from maetok_hf.training.interruption import RunLock, StopRequest, outlive_stop_signal
 
 
 @pytest.fixture
@@ -59,12 +59,13 @@ def test_launched_run_stops_when_its_launcher_is_gone(monkeypatch, launched):
         request.release()
 
 
-def test_data_workers_outlive_a_signal_to_the_process_group():
+def test_data_workers_outlive_one_stop_signal_but_can_be_ended():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ignore_stop_signals(0)
-        os.kill(os.getpid(), signal.SIGTERM)
+        outlive_stop_signal(0)
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,5 +1,6 @@
 """The authors' checkpoints, in a folder or on the Hub, to models of this library."""
 
+import argparse
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -21,6 +22,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # where the authors' training code keeps weights inside a .pt checkpoint, best first
 _PT_ENTRIES = ("ema", "model")
+# wrappers of a training run: DistributedDataParallel and torch.compile
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def _resolve(path_or_repo_id: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path:
@@ -33,6 +36,8 @@ def _resolve(path_or_repo_id: str | Path, name: str, revision: str | None, token
         raise OSError(f"{path_or_repo_id} is neither a folder nor a Hub repo id.")
     try:
         return Path(hf_hub_download(str(path_or_repo_id), name, revision=revision, token=token))
+    except LocalEntryNotFoundError:
+        raise  # the Hub could not be reached, which its own message explains
     except EntryNotFoundError as error:
         raise OSError(f"the Hub repo {path_or_repo_id} has no {name}; it is not in the authors' format.") from error
 
@@ -47,9 +52,25 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _strip_wrappers(key: str) -> str:
+    while key.startswith(_WRAPPER_PREFIXES):
+        key = key.partition(".")[2]
+    return key
+
+
 def _read_pt(path: Path) -> dict[str, torch.Tensor]:
     """A training checkpoint: the EMA weights if there are any, else the model's."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        # the authors' code stores its parsed flags beside the weights: plain attributes, no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle stream can raise anything
+        raise ValueError(
+            f"{path} is corrupt or holds more than weights, and nothing in it was run ({error}). If you trust it, "
+            "save its weights alone with `safetensors.torch.save_file`."
+        ) from error
     if isinstance(checkpoint, Mapping):
         for entry in _PT_ENTRIES:
             if isinstance(checkpoint.get(entry), Mapping):
@@ -59,8 +80,10 @@ def _read_pt(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} holds no state dict, neither by itself nor under {' or '.join(map(repr, _PT_ENTRIES))}."
         )
-    # wrappers of a training run: DistributedDataParallel and torch.compile
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in checkpoint.items()}
+    state_dict = {_strip_wrappers(key): value for key, value in checkpoint.items()}
+    if len(state_dict) != len(checkpoint):
+        raise ValueError(f"{path} holds keys that differ only by a prefix of {_WRAPPER_PREFIXES}: which one is meant?")
+    return state_dict
 
 
 def _load(
@@ -97,6 +120,9 @@ def _build(model_class: type[ModelMixin], config: dict[str, Any], state_dict: di
     ]
     if wrong:
         raise ValueError(f"tensors of the checkpoint do not fit the sizes that its config gives: {'; '.join(wrong)}.")
+    not_floating = [f"{key}: {value.dtype}" for key, value in state_dict.items() if not value.is_floating_point()]
+    if not_floating:
+        raise ValueError(f"tensors of the checkpoint are not floating-point numbers: {'; '.join(not_floating)}.")
     # the authors store some checkpoints in half precision; copies, so that no tensor shares memory with another
     state_dict = {key: value.to(torch.float32, copy=True).contiguous() for key, value in state_dict.items()}
     model.load_state_dict(state_dict, strict=True, assign=True)

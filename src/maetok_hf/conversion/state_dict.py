@@ -126,12 +126,24 @@ def _count_blocks(state_dict: Mapping[str, torch.Tensor], prefix: str) -> int:
     return len(indices)
 
 
-def _shape(state_dict: Mapping[str, torch.Tensor], key: str) -> torch.Size:
+def _shape(state_dict: Mapping[str, torch.Tensor], key: str, num_dims: int = 2) -> torch.Size:
     if key not in state_dict:
         raise ValueError(
             f"the checkpoint has no `{key}`: it is not in the authors' format (found {len(state_dict)} other keys)."
         )
-    return state_dict[key].shape
+    shape = state_dict[key].shape
+    if len(shape) != num_dims or 0 in shape:
+        raise ValueError(f"the checkpoint's `{key}` has shape {tuple(shape)}, expected {num_dims} dimensions.")
+    return shape
+
+
+def _split_qkv(fused: torch.Tensor, key: str) -> tuple[torch.Tensor, ...]:
+    if fused.ndim == 0 or fused.shape[0] == 0 or fused.shape[0] % 3 != 0:
+        raise ValueError(
+            f"the checkpoint's `{key}` has shape {tuple(fused.shape)}, whose first dimension must hold query, key and "
+            "value."
+        )
+    return fused.chunk(3)
 
 
 def _blocks_to_ours(
@@ -142,8 +154,9 @@ def _blocks_to_ours(
     for index in range(num_layers):
         our_block, their_block = f"{ours}transformer_blocks.{index}.", f"{theirs}blocks.{index}."
         for kind in ("weight", "bias"):
-            fused = source.take(f"{their_block}attn.qkv.{kind}")
-            parts = [None] * 3 if fused is None else fused.chunk(3)
+            key = f"{their_block}attn.qkv.{kind}"
+            fused = source.take(key)
+            parts = [None] * 3 if fused is None else _split_qkv(fused, key)
             result |= {f"{our_block}{n}.{kind}": part for n, part in zip(_QUERY_KEY_VALUE, parts, strict=True)}
             for our_name, their_name in names.items():
                 result[f"{our_block}{our_name}.{kind}"] = source.take(f"{their_block}{their_name}.{kind}")
@@ -168,7 +181,11 @@ def _blocks_to_authors(state_dict: dict[str, torch.Tensor], ours: str, theirs: s
         module, _, kind = name.rpartition(".")
         their_block = f"{theirs}blocks.{index}."
         if module in _QUERY_KEY_VALUE:
-            parts = [state_dict.pop(f"{prefix}{index}.{n}.{kind}") for n in _QUERY_KEY_VALUE]
+            keys = [f"{prefix}{index}.{n}.{kind}" for n in _QUERY_KEY_VALUE]
+            missing = [k for k in keys if k not in state_dict]
+            if missing:
+                raise ValueError(f"query, key and value belong together, but there is no {missing}.")
+            parts = [state_dict.pop(k) for k in keys]
             result[f"{their_block}attn.qkv.{kind}"] = torch.cat(parts)
         elif module in names:
             result[f"{their_block}{names[module]}.{kind}"] = state_dict.pop(key)
@@ -201,7 +218,9 @@ def autoencoder_config(config: Mapping[str, Any], state_dict: Mapping[str, torch
     Raises:
         ValueError: If an entry has an unexpected type or value, or contradicts the weights.
     """
-    width, in_channels, patch_size, _ = _shape(state_dict, "encoder.model.patch_embed.proj.weight")
+    width, in_channels, patch_size, patch_width = _shape(state_dict, "encoder.model.patch_embed.proj.weight", 4)
+    if patch_width != patch_size:
+        raise ValueError(f"the patch embedding's patches are {patch_size} x {patch_width} pixels: not square.")
     decoder_width, latent_channels = _shape(state_dict, "post_quant_conv.weight")
     image_size = _number(config, "image_size", int)
     num_latent_tokens = _number(config, "num_latent_tokens", int)
@@ -281,19 +300,12 @@ def convert_autoencoder_state_dict(
         dropped.add("decoder.model.cls_token")
         absent.add("decoder.class_token")
     if config["num_latent_tokens"] == 0:
-        # image tokens as latents: neither latent tokens nor a decoder mask token exist in our model
-        dropped |= {
-            "encoder.latent_tokens",
-            "encoder.latent_pos_embed",
-            "decoder.mask_token",
-            "decoder.latent_pos_embed",
-        }
-        absent |= {
-            "encoder.latent_tokens",
-            "encoder.latent_pos_embed",
-            "decoder.mask_token",
-            "decoder.latent_pos_embed",
-        }
+        # image tokens as latents: no latent tokens, no mask token; a table of zero tokens may be stored, a filled one
+        # contradicts the config and stays to be reported as unknown
+        tables = {"encoder.latent_tokens", "encoder.latent_pos_embed", "decoder.latent_pos_embed"}
+        dropped |= {key for key in tables if key in state_dict and state_dict[key].numel() == 0}
+        dropped.add("decoder.mask_token")
+        absent |= tables | {"decoder.mask_token"}
     if modulated:
         absent |= {"decoder.norm.weight", "decoder.norm.bias"}
     else:
@@ -316,7 +328,9 @@ def convert_autoencoder_state_dict(
     if "decoder.pos_embed" in result and not config["decoder_class_token"]:
         # the table keeps a class entry even when the decoder has no class token
         patches = (config["sample_size"] // config["patch_size"]) ** 2
-        result["decoder.pos_embed"] = result["decoder.pos_embed"][:, -patches:]
+        table = result["decoder.pos_embed"]
+        if table.ndim == 3 and table.shape[1] == patches + 1:
+            result["decoder.pos_embed"] = table[:, 1:]
     return result
 
 
@@ -359,7 +373,10 @@ def transformer_config(config: Mapping[str, Any], state_dict: Mapping[str, torch
         ValueError: If an entry has an unexpected type or value, or contradicts the weights.
     """
     width, in_channels = _shape(state_dict, "x_embedder.weight")
-    _, sample_size, _ = _shape(state_dict, "pos_embed")
+    _, sample_size, _ = _shape(state_dict, "pos_embed", 3)
+    path = config.get("path_type", "linear")
+    if not isinstance(path, str):
+        raise ValueError(f"the authors' config has `path_type` = {path!r}, expected a string.")
     num_heads = _number(config, "num_heads", int)
     num_classes = _number(config, "num_classes", int)
     if _number(config, "qk_norm", bool, False):
@@ -388,7 +405,7 @@ def transformer_config(config: Mapping[str, Any], state_dict: Mapping[str, torch
         "mlp_ratio": _shape(state_dict, "blocks.0.mlp.fc1.weight")[0] / width,
         "num_classes": num_classes,
         "class_dropout_prob": _number(config, "class_dropout_prob", float, 0.1),
-        "path": config.get("path_type", "linear").lower(),
+        "path": path.lower(),
     }
 
 
@@ -408,7 +425,7 @@ def convert_transformer_state_dict(
     Raises:
         ValueError: If a key is missing or unknown; the message lists all of them.
     """
-    source = _Source(_drop_training_only(state_dict, set()))
+    source = _Source(state_dict)  # its training code saves nothing else in it
     result = {ours: source.take(theirs) for ours, theirs in _TRANSFORMER_KEYS.items()}
     names = {ours: theirs for ours, theirs in _BLOCK_KEYS.items() if not ours.startswith("norm")}
     result |= _blocks_to_ours(source, "", "", config["num_layers"], names, layer_scale=False)

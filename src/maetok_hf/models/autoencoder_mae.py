@@ -15,6 +15,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from .layers import compile_apart
 from .vit import ViTDecoder, ViTEncoder
 
 
@@ -96,6 +97,8 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         encoder_class_token (`bool`, *optional*, defaults to `True`): Whether the encoder has a class token.
         decoder_class_token (`bool`, *optional*, defaults to `True`): Whether the decoder has a class token.
         layer_scale_init_value (`float`, *optional*, defaults to 1e-5): Initial LayerScale of every residual branch.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the initial tokens and position tables. Short runs want more, for example 0.5.
         decoder_drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth of the decoder, in training
             only.
         gaussian_posterior (`bool`, *optional*, defaults to `False`):
@@ -138,6 +141,7 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         encoder_class_token: bool = True,
         decoder_class_token: bool = True,
         layer_scale_init_value: float = 1e-5,
+        initializer_range: float = 0.02,
         decoder_drop_path_rate: float = 0.0,
         gaussian_posterior: bool = False,
         latents_mean: float | list[float] | None = None,
@@ -166,6 +170,7 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
                 "mlp_ratio": mlp_ratio,
                 "decoder_mlp_ratio": decoder_mlp_ratio,
                 "rope_theta": rope_theta,
+                "initializer_range": initializer_range,
             },
         )
         if sample_size % patch_size != 0:
@@ -200,8 +205,13 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
                     f"`{name}` must be a number or have one value per latent channel ({latent_channels}), "
                     f"got {len(value)} values."
                 )
-            if not all(math.isfinite(v) and (v > 0 or not positive) for v in values):
-                raise ValueError(f"`{name}` must be finite{' and positive' if positive else ''}, got {value}.")
+            # a config is JSON: a tensor or an array would be accepted here and fail at `save_pretrained`
+            plain = all(isinstance(v, (int, float)) for v in values)
+            if not plain or not all(math.isfinite(v) and (v > 0 or not positive) for v in values):
+                raise ValueError(
+                    f"`{name}` must be a float or a list of floats, finite{' and positive' if positive else ''}, "
+                    f"got {value!r}."
+                )
 
         grid_size = (sample_size // patch_size,) * 2
         self.encoder = ViTEncoder(
@@ -218,6 +228,7 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
             rope_theta=rope_theta,
             class_token=encoder_class_token,
             layer_scale_init_value=layer_scale_init_value,
+            initializer_range=initializer_range,
         )
         self.decoder = ViTDecoder(
             out_features=patch_size * patch_size * out_channels,
@@ -234,8 +245,20 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
             class_token=decoder_class_token,
             layer_scale_init_value=layer_scale_init_value,
             drop_path_rate=decoder_drop_path_rate,
+            initializer_range=initializer_range,
         )
         self.use_slicing = False
+
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """
+        Compile the transformer blocks, one graph for the encoder's and one for the decoder's: see
+        [`ModelMixin.compile_repeated_blocks`].
+
+        Args:
+            args, kwargs: Passed on to `torch.compile`.
+        """
+        compile_apart(self.encoder.transformer_blocks, *args, **kwargs)
+        compile_apart(self.decoder.transformer_blocks, *args, **kwargs)
 
     @staticmethod
     def _check_config(positive: dict[str, float]) -> None:

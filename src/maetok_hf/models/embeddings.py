@@ -98,11 +98,12 @@ class MixedRotaryEmbedding(nn.Module):
             num_prefix_tokens, num_suffix_tokens (`int`): Tokens before and after that are not rotated.
 
         Returns:
-            `list` of one `(cos, sin)` pair per layer, each float32 of shape
+            `list` of one `(cos, sin)` pair per layer, each float32 (float64 in a float64 model) of shape
             `(num_prefix_tokens + rows * columns + num_suffix_tokens, heads, head_dim // 2)`.
         """
-        freqs = self.freqs.float().unflatten(-1, (self.num_attention_heads, -1)).unsqueeze(2)  # (2, layers, 1, h, d/2)
-        rows, columns = (torch.arange(n, dtype=torch.float32, device=freqs.device) for n in grid)
+        freqs = self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
+        freqs = freqs.unflatten(-1, (self.num_attention_heads, -1)).unsqueeze(2)  # (2, layers, 1, heads, head_dim / 2)
+        rows, columns = (torch.arange(n, dtype=freqs.dtype, device=freqs.device) for n in grid)
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         x, y = (axis.reshape(1, -1, 1, 1) for axis in (x, y))
         angles = x * freqs[0] + y * freqs[1]  # (layers, N, heads, head_dim / 2)

@@ -1,5 +1,7 @@
 """The one attention, the one transformer block and their parts: every model of the library is a stack of these."""
 
+from collections.abc import Iterable
+from types import FunctionType, MethodType
 from typing import Literal
 
 import torch
@@ -15,12 +17,13 @@ def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, heads, head_dim)`): Queries or keys.
-        cos, sin (`torch.Tensor` of shape `(sequence_length, heads, head_dim // 2)`): Real-valued float32 tables.
+        cos, sin (`torch.Tensor` of shape `(sequence_length, heads, head_dim // 2)`): Float32 or float64 tables.
 
     Returns:
-        `torch.Tensor`: Shape and dtype of `hidden_states`; the rotation itself runs in float32.
+        `torch.Tensor`: Shape and dtype of `hidden_states`; the rotation itself runs in float32 at least.
     """
-    even, odd = hidden_states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    precise = hidden_states.to(torch.promote_types(hidden_states.dtype, cos.dtype))
+    even, odd = precise.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return rotated.flatten(-2).to(hidden_states.dtype)
 
@@ -210,7 +213,8 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
         self.attn = MAETokAttention(dim, num_attention_heads, attention_head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
-        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=activation_fn)
+        # rounded: a ratio that a converter divides out of two widths may miss the integer by an ulp
+        self.ff = FeedForward(dim, inner_dim=round(dim * mlp_ratio), activation_fn=activation_fn)
         self.scale1 = LayerScale(dim, layer_scale_init_value) if affine else nn.Identity()
         self.scale2 = LayerScale(dim, layer_scale_init_value) if affine else nn.Identity()
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
@@ -238,3 +242,23 @@ class TransformerBlock(nn.Module):
         if self.modulation_type == "latent":
             normed = modulate_latents(normed, shift2, scale2)
         return hidden_states + self.drop_path(self.scale2(self.ff(normed)))
+
+
+def compile_apart(blocks: Iterable[TransformerBlock], *args, **kwargs) -> None:
+    """
+    Compile one stack of equal blocks apart from other stacks: one graph for all of `blocks`.
+
+    torch.compile caches graphs by code object and counts every graph beyond the first as a recompilation, up to a
+    limit that is an error under `fullgraph=True`. Stacks that differ in size or modulation need graphs of their own,
+    so each is given a copy of the code of [`TransformerBlock.forward`].
+
+    Args:
+        blocks (`Iterable[TransformerBlock]`): The stack.
+        args, kwargs: Passed on to `torch.compile`.
+    """
+    original = TransformerBlock.forward
+    forward = FunctionType(original.__code__.replace(), original.__globals__, original.__name__, original.__defaults__)
+    for block in blocks:
+        if "forward" not in vars(block):  # hooks (offloading, casting, caches) already replace it: leave theirs
+            block.forward = MethodType(forward, block)
+        block.compile(*args, **kwargs)

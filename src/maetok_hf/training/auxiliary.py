@@ -71,6 +71,7 @@ class AuxiliaryDecoder(nn.Module):
             released configuration.
         class_token (`bool`, *optional*, defaults to `True`): Whether a class token leads the sequence.
         layer_scale_init_value (`float`, *optional*, defaults to 1e-5): Initial LayerScale of the plain form.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial tokens.
 
     Raises:
         ValueError: If a size is not positive, the heads do not divide the width, or `modulated` is combined with
@@ -92,6 +93,7 @@ class AuxiliaryDecoder(nn.Module):
         modulated: bool = True,
         class_token: bool = True,
         layer_scale_init_value: float = 1e-5,
+        initializer_range: float = 0.02,
     ):
         super().__init__()
         if num_layers < 0:
@@ -124,6 +126,7 @@ class AuxiliaryDecoder(nn.Module):
                 modulated=modulated,
                 class_token=class_token,
                 layer_scale_init_value=layer_scale_init_value,
+                initializer_range=initializer_range,
             )
 
     @classmethod
@@ -162,6 +165,7 @@ class AuxiliaryDecoder(nn.Module):
             rope_theta=config["rope_theta"],
             modulated=config["num_latent_tokens"] > 0,
             layer_scale_init_value=config["layer_scale_init_value"],
+            initializer_range=config["initializer_range"],
         )
 
     def forward(self, latent: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:

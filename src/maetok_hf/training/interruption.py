@@ -53,13 +53,18 @@ class StopRequest:
         return int(number)
 
 
-def ignore_stop_signals(worker_id: int) -> None:
+def outlive_stop_signal(worker_id: int) -> None:
     """
     `worker_init_fn` of a data loader: a signal to the whole process group must not kill the workers before the
     training process has finished its step.
+
+    Only the first SIGTERM is ignored, because it is also what ends the workers of a training process that fails.
+
+    Args:
+        worker_id (`int`): Number of the worker.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class RunLock:

@@ -17,7 +17,8 @@ class LatentCache:
     """
     Normalised latents of every usable image of a data set, and of its mirror images if the training flips.
 
-    Made by [`~LatentCache.create`]; the arrays are memory-mapped, so the processes of a machine share one copy.
+    Made by [`~LatentCache.allocate`], [`~LatentCache.fill`] and [`~LatentCache.complete`]. The arrays are
+    memory-mapped, so the processes of a machine share one copy.
 
     Args:
         folder (`str` or `Path`): The cache.
@@ -25,6 +26,9 @@ class LatentCache:
     Attributes:
         num_images (`int`): Images.
         num_views (`int`): 1, or 2 with the mirror images.
+
+    Raises:
+        ValueError: If no image has a valid class.
     """
 
     def __init__(self, folder: str | Path):

@@ -1,0 +1,139 @@
+"""Position tables: fixed, resampled, rotary."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maetok_hf.models.embeddings import (
+    MixedRotaryEmbedding,
+    resample_position_embedding,
+    sincos_position_embedding,
+)
+from tests.testing_utils import seeded_normal, tiny_autoencoder
+
+
+def test_sincos_matches_the_formula():
+    table = sincos_position_embedding(200, 16)
+    assert table.shape == (1, 200, 16) and table.dtype == torch.float32
+    for position in (0, 1, 7, 199):
+        for i in range(8):
+            angle = position * 10000 ** (-2 * i / 16)
+            assert abs(table[0, position, 2 * i].item() - math.sin(angle)) < 1e-6
+            assert abs(table[0, position, 2 * i + 1].item() - math.cos(angle)) < 1e-6
+
+
+def test_resampling_at_the_own_size_is_the_very_table():
+    table = seeded_normal(1, 17, 6)
+    assert resample_position_embedding(table, (4, 4), (4, 4), 1) is table
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (2, 2), (4, 6), (3, 4), (1, 9)])
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_resampling_is_bicubic_and_antialiased_and_leaves_the_prefix(grid, prefix):
+    table = seeded_normal(1, prefix + 16, 6)
+    resampled = resample_position_embedding(table, (4, 4), grid, prefix)
+    assert resampled.shape == (1, prefix + grid[0] * grid[1], 6)
+    assert torch.equal(resampled[:, :prefix], table[:, :prefix])
+    image = table[:, prefix:].reshape(1, 4, 4, 6).movedim(3, 1)
+    expected = F.interpolate(image, grid, mode="bicubic", antialias=True).movedim(1, 3).flatten(1, 2)
+    torch.testing.assert_close(resampled[:, prefix:], expected)
+    if grid == (2, 2):
+        plain = F.interpolate(image, grid, mode="bicubic").movedim(1, 3).flatten(1, 2)
+        assert not torch.allclose(resampled[:, prefix:], plain, atol=1e-2)
+
+
+def test_resampling_keeps_rows_and_columns_apart():
+    ramp = torch.arange(4.0).repeat_interleave(4).reshape(1, 16, 1)  # the row index
+    resampled = resample_position_embedding(ramp, (4, 4), (4, 8), 0).reshape(4, 8)
+    torch.testing.assert_close(resampled, torch.arange(4.0)[:, None].expand(4, 8))
+
+
+def test_resampling_keeps_dtype_and_gradients():
+    table = seeded_normal(1, 17, 6).to(torch.bfloat16).requires_grad_()
+    resampled = resample_position_embedding(table, (4, 4), (5, 3), 1)
+    assert resampled.dtype == torch.bfloat16
+    resampled.float().square().sum().backward()
+    assert (table.grad != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "absolute"])
+def test_models_use_their_table_unchanged_at_their_own_size(position_embedding, monkeypatch):
+    model = tiny_autoencoder(position_embedding=position_embedding)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a table was resampled at its own size")
+
+    monkeypatch.setattr(F, "interpolate", refuse)
+    model(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(AssertionError, match="resampled"):
+        model.encode(torch.zeros(1, 3, 32, 40))
+
+
+def test_rotary_angles_are_column_times_x_plus_row_times_y():
+    rope = MixedRotaryEmbedding(num_layers=3, num_attention_heads=2, attention_head_dim=8)
+    tables = rope((2, 5), num_prefix_tokens=1, num_suffix_tokens=4)
+    assert len(tables) == 3
+    for layer, (cos, sin) in enumerate(tables):
+        assert cos.shape == sin.shape == (1 + 10 + 4, 2, 4) and cos.dtype == torch.float32
+        for rows in (slice(0, 1), slice(11, 15)):
+            assert torch.equal(cos[rows], torch.ones_like(cos[rows]))
+            assert torch.equal(sin[rows], torch.zeros_like(sin[rows]))
+        for row in range(2):
+            for column in range(5):
+                for head in range(2):
+                    pairs = slice(4 * head, 4 * head + 4)
+                    angle = column * rope.freqs[0, layer, pairs] + row * rope.freqs[1, layer, pairs]
+                    token = 1 + 5 * row + column
+                    torch.testing.assert_close(cos[token, head], torch.cos(angle))
+                    torch.testing.assert_close(sin[token, head], torch.sin(angle))
+
+
+def test_larger_grids_extend_the_coordinates():
+    rope = MixedRotaryEmbedding(1, 2, 8)
+    (small, _), (large, _) = rope((2, 2), 0, 0)[0], rope((4, 4), 0, 0)[0]
+    large = large.unflatten(0, (4, 4))
+    assert torch.equal(small.unflatten(0, (2, 2)), large[:2, :2])
+
+
+def test_initial_frequencies_are_one_rotation_of_the_axial_ones_per_head():
+    torch.manual_seed(0)
+    rope = MixedRotaryEmbedding(num_layers=50, num_attention_heads=4, attention_head_dim=8, theta=10.0)
+    assert rope.freqs.shape == (2, 50, 16) and isinstance(rope.freqs, torch.nn.Parameter)
+    x, y = rope.freqs.detach().unflatten(-1, (4, 4))
+    # first half of a head's pairs point one way, the second half at a right angle to it
+    magnitude = torch.tensor([1.0, 10**-0.5]).repeat(2)
+    torch.testing.assert_close(torch.hypot(x, y), magnitude.expand(50, 4, 4))
+    torch.testing.assert_close((x[..., 0] * x[..., 2] + y[..., 0] * y[..., 2]), torch.zeros(50, 4), atol=1e-6, rtol=0)
+    angle = torch.atan2(y[..., :2], x[..., :2])
+    torch.testing.assert_close(angle[..., 0], angle[..., 1])
+    # rotations differ between heads and layers and cover the circle
+    assert angle[..., 0].flatten().unique().numel() == 200
+    assert angle.min() < -2.5 and angle.max() > 2.5
+
+
+def test_frequencies_are_float32_under_any_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        rope = MixedRotaryEmbedding(1, 2, 8)
+        cos, _ = rope((3, 40), 0, 0)[0]
+        table = sincos_position_embedding(300, 8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rope.freqs.dtype == cos.dtype == table.dtype == torch.float32
+    assert torch.equal(table, sincos_position_embedding(300, 8))
+    # coordinates beyond 256 or fractions of them would already be rounded
+    torch.testing.assert_close(cos[39], torch.cos(39 * rope.freqs[0, 0].unflatten(-1, (2, -1))))
+
+
+def test_double_precision_tables():
+    rope = MixedRotaryEmbedding(1, 2, 8).double()
+    cos, sin = rope((2, 2), 0, 0)[0]
+    assert cos.dtype == sin.dtype == torch.float64
+
+
+def test_frequencies_learn():
+    rope = MixedRotaryEmbedding(2, 2, 8)
+    sum(cos.square().sum() + sin.sum() for cos, sin in rope((3, 3), 1, 1)).backward()
+    assert rope.freqs.grad.isfinite().all() and (rope.freqs.grad != 0).all()

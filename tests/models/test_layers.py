@@ -1,0 +1,174 @@
+"""Attention, block and their parts against plain formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from maetok_hf.models.layers import (
+    DropPath,
+    LayerScale,
+    MAETokAttention,
+    Modulation,
+    TransformerBlock,
+    apply_rotary_emb,
+    modulate_latents,
+)
+from tests.testing_utils import randomize_parameters, seeded_normal
+
+
+def tables(length, heads, pairs, seed=0):
+    angles = seeded_normal(length, heads, pairs, seed=seed)
+    return angles, (angles.cos(), angles.sin())
+
+
+def test_rotary_is_a_complex_product_of_adjacent_channels():
+    hidden_states = seeded_normal(2, 5, 3, 8)
+    angles, (cos, sin) = tables(5, 3, 4)
+    rotated = torch.view_as_complex(hidden_states.unflatten(-1, (4, 2))) * torch.polar(torch.ones(()), angles)
+    expected = torch.view_as_real(rotated).flatten(-2)
+    torch.testing.assert_close(apply_rotary_emb(hidden_states, cos, sin), expected)
+
+
+def test_rotary_keeps_lengths_and_the_zero_angle_keeps_everything():
+    hidden_states = seeded_normal(2, 5, 3, 8)
+    _, (cos, sin) = tables(5, 3, 4)
+    torch.testing.assert_close(apply_rotary_emb(hidden_states, cos, sin).norm(dim=-1), hidden_states.norm(dim=-1))
+    assert torch.equal(apply_rotary_emb(hidden_states, torch.ones(5, 3, 4), torch.zeros(5, 3, 4)), hidden_states)
+
+
+def test_rotary_runs_in_float32_at_least():
+    _, (cos, sin) = tables(5, 3, 4)
+    exact = seeded_normal(2, 5, 3, 8)
+    low = exact.to(torch.bfloat16)
+    assert torch.equal(
+        apply_rotary_emb(low, cos, sin), apply_rotary_emb(low.float(), cos, sin).to(torch.bfloat16)
+    )  # fmt: skip
+    double = apply_rotary_emb(exact.double(), cos.double(), sin.double())
+    assert double.dtype == torch.float64
+    assert 0 < (double - apply_rotary_emb(exact, cos, sin)).abs().max() < 1e-5
+
+
+def reference_attention(attn, x, rotary_emb=None):
+    """Softmax attention with 1 / sqrt(head_dim), one head at a time."""
+    heads = []
+    for head in range(attn.heads):
+        channels = slice(head * attn.head_dim, (head + 1) * attn.head_dim)
+        query, key, value = (linear(x)[..., channels] for linear in (attn.to_q, attn.to_k, attn.to_v))
+        if rotary_emb is not None:
+            per_head = [table[:, head : head + 1] for table in rotary_emb]
+            query, key = (apply_rotary_emb(t.unsqueeze(2), *per_head).squeeze(2) for t in (query, key))
+        weights = (query @ key.mT / attn.head_dim**0.5).softmax(-1)
+        heads.append(weights @ value)
+    return attn.to_out[0](torch.cat(heads, dim=-1))
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@torch.no_grad()
+def test_attention_matches_the_formula(rotary, fused):
+    attn, x = randomize_parameters(MAETokAttention(12, 3, 8)), seeded_normal(2, 5, 12)
+    rotary_emb = tables(5, 3, 4)[1] if rotary else None
+    expected = reference_attention(attn, x, rotary_emb)
+    if fused:
+        attn.fuse_projections()
+    torch.testing.assert_close(attn(x, rotary_emb=rotary_emb), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_mask_hides_tokens():
+    attn, x = randomize_parameters(MAETokAttention(12, 3, 4)), seeded_normal(2, 5, 12)
+    visible = torch.tensor([True, True, True, False, False])
+    torch.testing.assert_close(attn(x, visible.expand(2, 1, 5, 5))[:, :3], attn(x[:, :3]), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_has_diffusers_projection_names():
+    attn = MAETokAttention(12, 3, 4)
+    assert {name for name, _ in attn.named_parameters()} == {
+        f"{name}.{kind}" for name in ("to_q", "to_k", "to_v", "to_out.0") for kind in ("weight", "bias")
+    }
+    assert attn.is_cross_attention is False
+
+
+def test_layer_scale_and_drop_path():
+    scale, x = LayerScale(4, 1e-5), seeded_normal(1000, 3, 4)
+    assert torch.equal(scale(x), x * 1e-5)
+    drop = DropPath(0.25)
+    assert drop.eval()(x) is x
+    torch.manual_seed(0)
+    dropped = drop.train()(x)
+    gone = (dropped == 0).flatten(1).all(1)
+    torch.testing.assert_close(dropped[~gone], x[~gone] / 0.75)
+    assert abs(gone.float().mean() - 0.25) < 0.05
+
+
+@torch.no_grad()
+def test_modulation_is_silu_then_linear():
+    modulation, conditioning = randomize_parameters(Modulation(6, 4, 3)), seeded_normal(2, 6)
+    terms = modulation(conditioning)
+    assert [term.shape for term in terms] == [(2, 4)] * 3
+    expected = F.linear(F.silu(conditioning), modulation.linear.weight, modulation.linear.bias)
+    assert torch.equal(torch.cat(terms, -1), expected)
+
+
+def test_only_the_latent_tokens_are_modulated():
+    x, shift, scale = seeded_normal(2, 7, 4), seeded_normal(2, 3, 4, seed=1), seeded_normal(2, 3, 4, seed=2)
+    output = modulate_latents(x, shift, scale)
+    assert torch.equal(output[:, :4], x[:, :4])
+    assert torch.equal(output[:, 4:], x[:, 4:] * scale + shift)
+
+
+def norm(x):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+@torch.no_grad()
+def test_plain_block_matches_the_formula():
+    block, x = randomize_parameters(TransformerBlock(12, 3, 4)), seeded_normal(2, 7, 12)
+    assert [m.eps for m in block.modules() if isinstance(m, nn.LayerNorm)] == [1e-6, 1e-6]
+    fc1, fc2 = block.ff.net[0].proj, block.ff.net[2]
+    h = x + block.scale1.gamma * reference_attention(block.attn, block.norm1(x))
+    expected = h + block.scale2.gamma * fc2(F.gelu(fc1(block.norm2(h))))
+    torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_latent_modulated_block_matches_the_formula():
+    block = randomize_parameters(TransformerBlock(12, 3, 4, modulation="latent", conditioning_dim=5))
+    x, latent = seeded_normal(2, 7, 12), seeded_normal(2, 3, 5, seed=1)
+    shift1, scale1, shift2, scale2 = block.modulation.linear(F.silu(latent)).chunk(4, dim=-1)
+
+    def modulated(h, shift, scale):
+        return torch.cat([norm(h)[:, :4], norm(h)[:, 4:] * scale + shift], dim=1)
+
+    fc1, fc2 = block.ff.net[0].proj, block.ff.net[2]
+    h = x + reference_attention(block.attn, modulated(x, shift1, scale1))
+    expected = h + fc2(F.gelu(fc1(modulated(h, shift2, scale2))))
+    torch.testing.assert_close(block(x, latent), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_adaln_zero_block_matches_the_formula():
+    block = randomize_parameters(
+        TransformerBlock(12, 3, 4, activation_fn="gelu-approximate", modulation="adaln_zero", conditioning_dim=5)
+    )
+    x, conditioning = seeded_normal(2, 7, 12), seeded_normal(2, 5, seed=1)
+    terms = block.modulation.linear(F.silu(conditioning)).unsqueeze(1).chunk(6, dim=-1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = terms
+    fc1, fc2 = block.ff.net[0].proj, block.ff.net[2]
+    h = x + gate1 * reference_attention(block.attn, norm(x) * (1 + scale1) + shift1)
+    expected = h + gate2 * fc2(F.gelu(fc1(norm(h) * (1 + scale2) + shift2), approximate="tanh"))
+    torch.testing.assert_close(block(x, conditioning), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "ratio", "hidden"), [(768, 4.0, 3072), (384, 1000 / 384, 1000), (768, 8 / 3, 2048)])
+def test_mlp_width_is_the_ratio_times_the_width(width, ratio, hidden):
+    with torch.device("meta"):
+        assert TransformerBlock(width, 1, width, ratio).ff.net[0].proj.out_features == hidden
+
+
+def test_blocks_differentiate_in_double_precision():
+    block = randomize_parameters(TransformerBlock(4, 1, 4, modulation="latent", conditioning_dim=2)).double()
+    inputs = [seeded_normal(1, 3, 4).double().requires_grad_(), seeded_normal(1, 2, 2).double().requires_grad_()]
+    rotary_emb = tuple(table.double() for table in tables(3, 1, 2)[1])
+    assert torch.autograd.gradcheck(lambda x, c: block(x, c, rotary_emb), inputs)
