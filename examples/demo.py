@@ -51,8 +51,8 @@ from maetok_hf.training.recipes import SiTRecipe, TokenizerRecipe, load_recipe, 
 EXAMPLES = Path(__file__).resolve().parent
 
 # Sampling: the paper's SDE sampler and guidance in an interval
-GUIDANCE_SCALE = 1.9
-GUIDANCE_INTERVAL = (0.0, 0.75)
+GUIDANCE_SCALE = 1.5
+GUIDANCE_INTERVAL = (0.0, 0.7)
 NUM_INFERENCE_STEPS = 50
 SAMPLES_PER_CLASS = 100
 SAMPLING_BATCH_SIZE = 100
