@@ -13,10 +13,11 @@ $(VENV)/installed: setup.py pyproject.toml
 		|| { echo "error: $(PYTHON) is older than 3.11: install a newer one and pass it as PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "error: $(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
-	@command -v g++ >/dev/null || command -v c++ >/dev/null \
-		|| { echo "error: no C++ compiler, which torch.compile needs: apt-get install g++"; exit 1; }
+	@command -v "$${CXX:-g++}" >/dev/null \
+		|| { echo "error: no C++ compiler $${CXX:-g++}, which torch.compile needs: apt-get install g++"; exit 1; }
 	@rm -f $@
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV), which takes some minutes the first time"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@

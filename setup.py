@@ -22,7 +22,7 @@ INSTALL_REQUIRES = [
     "torch>=2.6",
 ]
 EXTRAS = {
-    "training": ["datasets>=4.0", "pyyaml>=6", "tensorboard>=2.15", "tqdm>=4.66"],
+    "training": ["datasets>=4.0", "pyyaml>=6", "tqdm>=4.66"],
     "lora": ["peft>=0.17", "transformers>=5"],
 }
 EXTRAS["demo"] = [*EXTRAS["training"], "mlxtend>=0.23", "scikit-learn>=1.5"]

@@ -24,6 +24,7 @@ real digits, and held-out reconstructions have a PSNR of at least 19 dB.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -43,8 +44,10 @@ from PIL import Image, ImageDraw
 from sklearn.svm import SVC
 
 import maetok_hf
-from maetok_hf import MAETokDiffusionPipeline
+from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline
 from maetok_hf.data import export_mnist
+from maetok_hf.training.checkpointing import model_digest
+from maetok_hf.training.interruption import RunLock
 from maetok_hf.training.recipes import SiTRecipe, TokenizerRecipe, load_recipe, recipe_to_dict
 
 
@@ -81,7 +84,13 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help="Cut every training stage short, to try out the machinery; the quality bars then do not apply.",
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    # two samples of a class are the fewest that have a distance
+    for name, minimum in (("num_threads", 1), ("samples_per_class", 2), ("max_train_steps", 1)):
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            parser.error(f"`--{name}` must be at least {minimum}, got {value}.")
+    return args
 
 
 def write_atomically(path: Path, write) -> None:
@@ -91,26 +100,61 @@ def write_atomically(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-def run_in_own_group(command: list[str]) -> int:
+def run_stage(command: list[str], output_dir: Path) -> int:
     """
-    Run a command and return its status, passing SIGINT and SIGTERM on to all of its processes.
+    Run a training command and return its status. However this process ends, the training ends with it.
 
-    `accelerate launch` does not pass signals on to the training process, which wants them to save a checkpoint.
+    Its processes get SIGTERM, upon which the training saves a checkpoint in `output_dir`, on Ctrl-C or SIGTERM here
+    (`accelerate launch` would not pass these on), and also if this process or the `make` that started it is killed. A
+    second Ctrl-C kills them.
     """
-    process = subprocess.Popen(command, start_new_session=True)
-    stops = (signal.SIGINT, signal.SIGTERM)
-    previous = {stop: signal.signal(stop, lambda number, _: os.killpg(process.pid, number)) for stop in stops}
+    process, received = None, []
+
+    def forward() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL if received.count(signal.SIGINT) > 1 else signal.SIGTERM)
+
+    def receive(number: int, frame) -> None:
+        received.append(number)
+        if process is not None:
+            forward()
+
+    maker = os.getppid() if "MAKELEVEL" in os.environ else None
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        process = subprocess.Popen(command, start_new_session=True)
+        # The end of this process, whatever its cause, is the end of the watcher's input.
+        watch = f"read -r _; kill -s TERM -- -{process.pid}"
+        watcher = subprocess.Popen(["sh", "-c", watch], stdin=subprocess.PIPE, start_new_session=True)
+        if received:  # before there was a process
+            forward()
+        while process.poll() is None:
+            if maker not in (None, os.getppid()) and not received:
+                receive(signal.SIGTERM, None)
+            time.sleep(0.2)
+        watcher.kill()
+        watcher.communicate()
+        if received and (output_dir / ".lock").exists():
+            RunLock(output_dir).release()  # the launcher is gone, but the training may still be saving
+        return 128 + received[0] if received else process.returncode
     finally:
-        for stop, handler in previous.items():
-            signal.signal(stop, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def train(
-    script: str, recipe_class: type, recipe: str, output_dir: Path, args: argparse.Namespace, *options: str
+    script: str,
+    recipe_class: type,
+    recipe: str,
+    output_dir: Path,
+    args: argparse.Namespace,
+    *options: str,
+    tokenizer: Path | None = None,
 ) -> dict:
-    """One training stage through `accelerate launch`; returns its report. A finished stage is not run again."""
+    """
+    One training stage through `accelerate launch`; returns its report. A finished stage is not run again, and refused
+    if it was trained with other settings or from another tokenizer than the one in the folder `tokenizer`.
+    """
     report_file = output_dir / "train_report.json"
     overrides = {}
     if args.max_train_steps is not None:
@@ -118,6 +162,8 @@ def train(
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--num_processes", "1", "--num_cpu_threads_per_process", str(args.num_threads)),
+        # what `accelerate config` may have set on this machine for other runs
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
         *(str(EXAMPLES / script), "--recipe", recipe),
         *("--dataset_name", str(args.output_dir / "data"), "--output_dir", str(output_dir), "--seed", str(args.seed)),
         *("--checkpointing_steps", "500", *options),
@@ -125,7 +171,7 @@ def train(
     ]
     if not report_file.is_file():
         print(f"\n=== {recipe}\n{shlex.join(command)}\n", flush=True)
-        status = run_in_own_group(command)
+        status = run_stage(command, output_dir)
         if status != 0:
             sys.exit(
                 f"{script} ended with status {status}; give the same command again to go on from its last checkpoint."
@@ -134,6 +180,8 @@ def train(
     settings = recipe_to_dict(load_recipe(recipe_class, EXAMPLES / "recipes" / f"{recipe}.yaml", overrides))
     if report["recipe"] != settings or report["options"]["seed"] != args.seed:
         sys.exit(f"{output_dir} was trained with another recipe or seed: remove it, or choose another --output_dir.")
+    if tokenizer is not None and report["given_tokenizer"] != model_digest(AutoencoderMAE.from_pretrained(tokenizer)):
+        sys.exit(f"{output_dir} was trained from another tokenizer than the one in {tokenizer}: remove it.")
     return report
 
 
@@ -222,6 +270,7 @@ def main() -> None:
     args = parse_args()
     output_dir = args.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(output_dir, patience=300.0)  # for an earlier demonstration that is just ending
     torch.set_num_threads(args.num_threads)
     start = time.perf_counter()
 
@@ -236,9 +285,18 @@ def main() -> None:
     stages = {
         "tokenizer": train("train_maetok.py", TokenizerRecipe, "demo-tokenizer", tokenizer, args, *held_out),
         "decoder": train(
-            "train_maetok.py", TokenizerRecipe, "demo-decoder", finetuned, args, *held_out, *from_tokenizer
+            "train_maetok.py",
+            TokenizerRecipe,
+            "demo-decoder",
+            finetuned,
+            args,
+            *held_out,
+            *from_tokenizer,
+            tokenizer=tokenizer,
         ),
-        "generator": train("train_sit.py", SiTRecipe, "demo-sit", generator, args, *from_finetuned),
+        "generator": train(
+            "train_sit.py", SiTRecipe, "demo-sit", generator, args, *from_finetuned, tokenizer=finetuned
+        ),
     }
     save_pipeline(MAETokDiffusionPipeline.from_pretrained(generator), output_dir / "pipeline")
 
@@ -300,7 +358,8 @@ def main() -> None:
     print(f"\n{output_dir}: pipeline/, samples.png, samples.npz, reconstructions.png, report.json")
     for name, value in measurements.items():
         print(f"  {name}: {value:.4f}" + (f" (at least {bars[name]})" if name in bars else ""))
-    missed = [name for name, bar in bars.items() if measurements[name] < bar]
+    lock.release()
+    missed = [name for name, bar in bars.items() if not measurements[name] >= bar]
     if missed and args.max_train_steps is None:
         sys.exit(f"The demo missed its bars for {', '.join(missed)}.")
 

@@ -58,6 +58,11 @@ def make_objective(recipe: TokenizerRecipe, options: TokenizerRunOptions) -> Tok
     weights = {"reconstruction": recipe.reconstruction_weight}
     if recipe.stage == "decoder_finetuning":
         tokenizer = AutoencoderMAE.from_pretrained(options.pretrained_model_name_or_path)
+        if recipe.resolution % tokenizer.config.patch_size:
+            raise ValueError(
+                f"`resolution` is {recipe.resolution}, but must be a multiple of the tokenizer's patches of "
+                f"{tokenizer.config.patch_size} pixels."
+            )
         return TokenizerObjective(tokenizer, loss_weights=weights, decoder_only=True)
 
     torch.manual_seed(keyed_seed(options.seed, "initialisation"))
@@ -158,7 +163,7 @@ def main():
             held_out_source,
             resolution=recipe.resolution,
             batch_size=stream.batch_size,
-            num_samples=min(options.num_validation_images, held_out_source.num_rows),
+            num_samples=min(options.num_validation_images or 500, held_out_source.num_rows),
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
@@ -286,6 +291,7 @@ def main():
             "training_seconds": seconds,
             "images_per_second": recipe.max_train_steps * recipe.total_batch_size / seconds,
             "final": monitor.last_entry(),
+            "given_tokenizer": None if options.pretrained_model_name_or_path is None else initial_digest,
             "held_out_psnr": psnr,
             "latents_mean": tokenizer.config.latents_mean,
             "latents_std": tokenizer.config.latents_std,

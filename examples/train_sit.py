@@ -48,6 +48,11 @@ def load_tokenizer(options: SiTRunOptions, recipe: SiTRecipe) -> AutoencoderMAE:
     """The frozen tokenizer, refused before any work if its latents cannot be normalised."""
     tokenizer = AutoencoderMAE.from_pretrained(options.tokenizer_name_or_path).requires_grad_(False)
     check_latent_statistics(tokenizer.config)
+    if recipe.resolution % tokenizer.config.patch_size:
+        raise ValueError(
+            f"`resolution` is {recipe.resolution}, but must be a multiple of the tokenizer's patches of "
+            f"{tokenizer.config.patch_size} pixels."
+        )
     if tokenizer.config.num_latent_tokens == 0 and recipe.resolution != tokenizer.config.sample_size:
         raise ValueError(
             f"`resolution` is {recipe.resolution}, but a tokenizer without latent tokens has one latent per patch and "
@@ -59,6 +64,8 @@ def load_tokenizer(options: SiTRunOptions, recipe: SiTRecipe) -> AutoencoderMAE:
 def make_transformer(recipe: SiTRecipe, source: ImageSource, tokenizer: AutoencoderMAE, seed: int):
     """A freshly initialised SiT that fits the tokenizer's latents and the data set's classes."""
     settings = dict(recipe.model)
+    if source.columns.label is None:
+        raise ValueError(f"{source.description} has no label column: name it with `label_column`.")
     known, given = source.num_classes, settings.pop("num_classes", None)
     if known is None and given is None:
         raise ValueError("The data set does not say how many classes it has: give `--model num_classes=...`.")
@@ -71,6 +78,15 @@ def make_transformer(recipe: SiTRecipe, source: ImageSource, tokenizer: Autoenco
         num_classes=known or given,
         **settings,
     )
+
+
+def check_class_labels(class_labels: torch.Tensor, num_classes: int) -> None:
+    """Refuse labels beyond a hand-set number of classes: the first of them is the null class, which would be taught."""
+    if class_labels.max() >= num_classes:
+        raise ValueError(
+            f"The data set has the label {class_labels.max().item()}, but `model` sets num_classes={num_classes}: "
+            "labels go from 0 to num_classes - 1."
+        )
 
 
 def encode(tokenizer: AutoencoderMAE, images: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
@@ -239,6 +255,7 @@ def main():
         set_learning_rate(optimizer, learning_rate)
         for _ in range(options.gradient_accumulation_steps):
             batch = next(batches)
+            check_class_labels(batch["class_labels"], transformer.config.num_classes)
             draws = sample_flow_draws(
                 options.seed, step, batch["indices"], latent_shape, recipe.time_density, class_dropout_prob
             )
@@ -287,6 +304,7 @@ def main():
             "num_parameters": transformer.num_parameters(),
             "training_seconds": seconds,
             "images_per_second": recipe.max_train_steps * recipe.total_batch_size / seconds,
+            "given_tokenizer": latent_identity["tokenizer"],
             "final": monitor.last_entry(),
         }
         write_json(output_dir / "train_report.json", report)

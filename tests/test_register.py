@@ -73,8 +73,9 @@ def test_importing_adds_no_heavy_module_to_what_diffusers_loads():
     assert len(added) < 50
 
 
-def test_private_hook_tables_that_moved_do_not_stop_the_rest(monkeypatch):
-    monkeypatch.delattr("diffusers.hooks._helpers.TransformerBlockRegistry")
+@pytest.mark.parametrize("moved", ["TransformerBlockRegistry", "AttentionProcessorRegistry._registry"])
+def test_private_hook_tables_that_moved_do_not_stop_the_rest(moved, monkeypatch):
+    monkeypatch.delattr(f"diffusers.hooks._helpers.{moved}")
     monkeypatch.delitem(LOADABLE_CLASSES, "maetok_hf")
     register()
     assert "maetok_hf" in LOADABLE_CLASSES

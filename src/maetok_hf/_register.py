@@ -45,13 +45,14 @@ def _register_hooks() -> None:
             TransformerBlockMetadata,
             TransformerBlockRegistry,
         )
-    except ImportError:
+
+        blocks, processors = TransformerBlockRegistry._registry, AttentionProcessorRegistry._registry
+    except (ImportError, AttributeError):
         # a private module: without it everything but caches and layer skipping works, and those say what they miss
         return
     # The registries' own `register` would first import every in-tree transformer, a second of import time, so the
     # entries are made directly.
     block = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
     block._cls = TransformerBlock
-    TransformerBlockRegistry._registry[TransformerBlock] = block
-    processor = AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
-    AttentionProcessorRegistry._registry[MAETokAttnProcessor] = processor
+    blocks[TransformerBlock] = block
+    processors[MAETokAttnProcessor] = AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)

@@ -228,6 +228,18 @@ def test_ema_weights_are_preferred_in_training_checkpoints(folder):
     assert_same(convert_autoencoder(str(save_pt(folder, weights, "last.pth"))), plain)
 
 
+def test_a_folder_may_hold_one_training_checkpoint_instead(folder):
+    weights, plain = load_file(folder / "model.safetensors"), convert_autoencoder(folder)
+    save_pt(folder, {"model": shifted(weights, 1.0)})
+    assert_same(convert_autoencoder(folder), plain)
+    (folder / "model.safetensors").unlink()
+    save_pt(folder, {"model": weights})
+    assert_same(convert_autoencoder(folder), plain)
+    save_pt(folder, {"model": weights}, "last.pth")
+    with pytest.raises(ValueError, match=r"several training checkpoints, 0100000\.pt, last\.pth: pass the path"):
+        convert_autoencoder(folder)
+
+
 def test_parsed_flags_beside_the_weights_are_harmless(folder):
     weights = load_file(folder / "model.safetensors")
     content = {"ema": weights, "args": argparse.Namespace(image_size=64, betas=[0.9, 0.95], name=None), "steps": 5}

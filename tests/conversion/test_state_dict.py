@@ -76,6 +76,8 @@ def test_tokenizer_config_is_read_from_config_and_weights(name):
     assert ours["modulated_decoder"] == name.endswith("modulated")
     assert ours["decoder_class_token"] == (name in ("tokenizer_ape", "tokenizer_rope"))
     assert (ours["latents_mean"], ours["latents_std"], ours["rope_theta"]) == (0.0123, 1.234, 10.0)
+    assert ours["decoder_drop_path_rate"] == 0.0
+    assert autoencoder_config({**config, "dec_drop_path_rate": 0.05}, state_dict)["decoder_drop_path_rate"] == 0.05
     AutoencoderMAE(**ours)
 
 

@@ -166,3 +166,12 @@ def test_bad_configs_are_refused(config, message):
 def test_latents_of_the_wrong_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"`hidden_states` must have shape \(batch, 6, 4\)"):
         tiny_transformer()(seeded_normal(*shape), torch.zeros(2), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("timestep", "class_labels"),
+    [(torch.tensor(0.5), torch.zeros(2)), (torch.zeros(2), torch.zeros(2, 1)), (torch.zeros(2), torch.zeros(1))],
+)
+def test_there_is_one_time_and_one_label_per_sample(timestep, class_labels):
+    with pytest.raises(ValueError, match=r"`timestep` and `class_labels` must have shape \(batch,\) = \(2,\)"):
+        tiny_transformer()(seeded_normal(2, 6, 4), timestep, class_labels.long())

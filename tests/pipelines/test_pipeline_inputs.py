@@ -46,6 +46,7 @@ def labels_seen(pipe: MAETokDiffusionPipeline, class_labels, **kwargs) -> list[i
         ([3], [3]),
         ([1, 2, 1], [1, 2, 1]),
         ((1, 2), [1, 2]),
+        (range(3), [0, 1, 2]),
         ([[1], [2]], [1, 2]),
         ([[1, [2, (3,)]], 4], [1, 2, 3, 4]),
         (torch.tensor(3), [3]),
@@ -213,6 +214,12 @@ def test_sizes_that_do_not_fit_are_refused():
     )
 
 
+def test_missing_components_are_named():
+    pipe = MAETokDiffusionPipeline(None, tiny_transformer(), None)
+    with pytest.raises(ValueError, match="built without its vae and scheduler: set `pipe.vae`"):
+        pipe(1)
+
+
 def test_image_tokens_as_latents_fit_a_transformer_of_their_number():
     pipe = tiny_pipeline(vae={"num_latent_tokens": 0}, transformer={"sample_size": 16})
     assert pipe(1, num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
@@ -253,6 +260,10 @@ def test_a_linear_transformer_refuses_the_cosine_sampler():
 )
 def test_schedulers_of_other_families_are_refused(scheduler):
     refuse("does not integrate flow-matching models", scheduler=scheduler)
+
+
+def test_a_scheduler_that_shifts_by_resolution_is_refused():
+    refuse("use_dynamic_shifting", scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
 
 
 def test_a_scheduler_that_runs_towards_the_noise_is_refused():

@@ -60,7 +60,7 @@ def test_diffusers_own_schedulers_stay_its_own(tmp_path):
 
 def test_class_names_survive(folder):
     loaded = MAETokDiffusionPipeline.from_pretrained(folder)
-    assert loaded.config.id2label == NAMES
+    assert loaded.config.id2label == loaded.id2label == NAMES
     assert loaded.get_label_ids(["Tinca tinca", "goldfish"]) == [0, 9]
     # and a second round
     loaded.save_pretrained(folder)

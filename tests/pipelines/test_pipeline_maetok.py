@@ -139,6 +139,32 @@ def test_the_state_of_given_latents_is_float32_or_better(given, state):
     assert sample_latents(pipe, latents=seeded_normal(1, 6, 4, dtype=given)).dtype == state
 
 
+def test_float64_models_are_not_rounded():
+    pipe = tiny_pipeline().to(torch.float64)
+    latents = seeded_normal(1, 6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        inputs = latents, torch.ones(1), torch.tensor([3])
+        expected = pipe.transformer(*inputs).sample
+    actual = pipe._predict_velocity(latents, 1.0, inputs[2], None)
+    assert actual.dtype == torch.float64 and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["euler", "sde"])
+def test_models_in_training_mode_sample_without_dropout_and_stay_in_it(name):
+    dropout = {"vae": {"decoder_drop_path_rate": 0.9}, "transformer": {"class_dropout_prob": 0.9}}
+    settings = {"class_labels": [1, 2, 3], "num_inference_steps": 3, "output_type": "np"}
+    expected = tiny_pipeline(name, **dropout)(**settings, generator=generator()).images
+    pipe = tiny_pipeline(name, **dropout)
+    pipe.transformer.train().transformer_blocks[1].eval()
+    pipe.vae.train()
+    state = torch.get_rng_state()
+    images = pipe(**settings, generator=generator()).images
+    np.testing.assert_array_equal(images, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in pipe.vae.modules())
+    assert pipe.transformer.training and not pipe.transformer.transformer_blocks[1].attn.training
+
+
 def test_defaults_are_the_published_settings():
     defaults = {
         name: parameter.default

@@ -140,6 +140,15 @@ def test_a_step_has_drift_and_noise_of_the_published_size():
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_list_of_generators_is_one_per_sample(count):
+    sample = seeded_normal(2, 6, 4)
+    scheduler = with_steps(3)
+    with pytest.raises(ValueError, match=f"`generator` is a list of {count}, but there are 2 samples"):
+        scheduler.step(sample, scheduler.timesteps[0], sample, generator=[generator(i) for i in range(count)])
+    assert scheduler.step_index is None
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 7])
 def test_n_steps_take_n_minus_one_draws(num_steps):
     used, reference = generator(), generator()

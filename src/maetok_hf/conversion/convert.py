@@ -20,6 +20,7 @@ from . import state_dict as tables
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+_PT_SUFFIXES = (".pt", ".pth")
 # where the authors' training code keeps weights inside a .pt checkpoint, best first
 _PT_ENTRIES = ("ema", "model")
 # wrappers of a training run: DistributedDataParallel and torch.compile
@@ -90,7 +91,15 @@ def _load(
     path_or_repo_id: str | Path, config: Mapping[str, Any] | None, revision: str | None, token: str | bool | None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     path = Path(path_or_repo_id)
-    if path.suffix in (".pt", ".pth"):
+    if path.is_dir() and not (path / WEIGHTS_NAME).is_file():
+        training = sorted(file for file in path.iterdir() if file.suffix in _PT_SUFFIXES)
+        if len(training) > 1:
+            raise ValueError(
+                f"{path} has no {WEIGHTS_NAME} but several training checkpoints, "
+                f"{', '.join(file.name for file in training)}: pass the path of one of them."
+            )
+        path = training[0] if training else path
+    if path.suffix in _PT_SUFFIXES and not path.is_dir():
         if not path.is_file():
             raise OSError(f"there is no file {path}.")
         if config is None:
@@ -157,7 +166,7 @@ def convert_autoencoder(
     Args:
         path_or_repo_id (`str` or `Path`):
             A folder or Hub repo with `config.json` and `model.safetensors`, or a `.pt` file of the authors' training
-            code (read with `weights_only=True`; its EMA weights are preferred).
+            code or a folder with one (read with `weights_only=True`; its EMA weights are preferred).
         config (`Mapping`, *optional*): The authors' config, instead of the `config.json` beside the weights.
         revision (`str`, *optional*): Revision of the Hub repo.
         token (`str` or `bool`, *optional*): Hub token.
@@ -186,7 +195,7 @@ def convert_transformer(
     Args:
         path_or_repo_id (`str` or `Path`):
             A folder or Hub repo with `config.json` and `model.safetensors`, or a `.pt` file of the authors' training
-            code (read with `weights_only=True`; its EMA weights are preferred).
+            code or a folder with one (read with `weights_only=True`; its EMA weights are preferred).
         config (`Mapping`, *optional*): The authors' config, instead of the `config.json` beside the weights.
         revision (`str`, *optional*): Revision of the Hub repo.
         token (`str` or `bool`, *optional*): Hub token.

@@ -266,6 +266,8 @@ def autoencoder_config(config: Mapping[str, Any], state_dict: Mapping[str, torch
         "rope_theta": _number(config, "rope_theta", float, 10.0),
         "modulated_decoder": "movq" in decoder_model,
         "decoder_class_token": _number(config, "dec_cls_token", bool, True),
+        # without effect at inference, for those who train on
+        "decoder_drop_path_rate": _number(config, "dec_drop_path_rate", float, 0.0),
         # absent from some training checkpoints: the model then says so where they are needed
         "latents_mean": None if config.get("vq_mean") is None else _number(config, "vq_mean", float),
         "latents_std": None if config.get("vq_std") is None else _number(config, "vq_std", float),

@@ -114,7 +114,7 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock"]
     _repeated_blocks = ["TransformerBlock"]
-    # rotary frequencies are multiplied by positions: bfloat16 would turn 0.4 % of an angle into whole radians
+    # rotary frequencies are multiplied by positions: in bfloat16, far tokens would be turned by a tenth of a radian
     _keep_in_fp32_modules = ["freqs"]
     _group_offload_block_modules = ["encoder", "decoder"]
 

@@ -21,8 +21,9 @@ class SiTTransformer1DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, CacheM
     Predicts the velocity `d x_t / d t` of a path from data (t = 0) to noise (t = 1); for the linear path that is
     `noise - data`. Latents are normalised ones (`normalize_latents`).
 
-    | size | `num_layers` | `num_attention_heads` | `attention_head_dim` | width | parameters (32 channels, 1000
-    classes) |
+    Published sizes, with 32 channels and 1000 classes:
+
+    | size | `num_layers` | `num_attention_heads` | `attention_head_dim` | width | parameters |
     | --- | --- | --- | --- | --- | --- |
     | S | 12 | 6 | 64 | 384 | 33 M |
     | B | 12 | 12 | 64 | 768 | 130 M |
@@ -167,13 +168,20 @@ class SiTTransformer1DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, CacheM
             if `return_dict` is `False`.
 
         Raises:
-            ValueError: If the latents' shape does not fit the config.
+            ValueError: If the latents' shape does not fit the config, or there is not one timestep and one label per
+                sample.
         """
         expected = (self.config.sample_size, self.config.in_channels)
         if hidden_states.ndim != 3 or tuple(hidden_states.shape[1:]) != expected:
             raise ValueError(
                 f"`hidden_states` must have shape (batch, {expected[0]}, {expected[1]}), got "
                 f"{tuple(hidden_states.shape)}."
+            )
+
+        if timestep.ndim != 1 or class_labels.ndim != 1 or class_labels.shape[0] != hidden_states.shape[0]:
+            raise ValueError(
+                f"`timestep` and `class_labels` must have shape (batch,) = ({hidden_states.shape[0]},), got "
+                f"{tuple(timestep.shape)} and {tuple(class_labels.shape)}."
             )
 
         # 1. Input

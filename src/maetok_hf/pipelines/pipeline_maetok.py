@@ -4,7 +4,8 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def _flatten_labels(class_labels: Any) -> list[int | str]:
         return [class_labels]
     if isinstance(class_labels, (torch.Tensor, np.ndarray)):
         return _flatten_labels(class_labels.tolist())
-    if isinstance(class_labels, (list, tuple)):
+    if isinstance(class_labels, (list, tuple, range)):
         return [label for entry in class_labels for label in _flatten_labels(entry)]
     if isinstance(class_labels, (int, np.integer)) and not isinstance(class_labels, bool):
         return [int(class_labels)]
@@ -61,6 +62,19 @@ def _flatten_labels(class_labels: Any) -> list[int | str]:
         f"`class_labels` must hold class indices (integers) or names, got {class_labels!r} of "
         f"{type(class_labels).__name__}."
     )
+
+
+@contextmanager
+def _evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """Models that a trainer hands over in training mode would drop labels and residual branches at random."""
+    training = [module for model in models for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class MAETokDiffusionPipeline(DiffusionPipeline):
@@ -102,6 +116,11 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae.config.patch_size if getattr(self, "vae", None) is not None else 16
         )
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """`dict[int, str]`: Names of the classes, from the config."""
+        return self.config.id2label
 
     @property
     def labels(self) -> dict[str, list[int]]:
@@ -154,6 +173,11 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
 
     def _check_components(self) -> None:
         """Sizes and paths of the components must fit each other."""
+        missing = [name for name in ("vae", "transformer", "scheduler") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"the pipeline was built without its {' and '.join(missing)}: set `pipe.{missing[0]}` before sampling."
+            )
         vae, transformer = self.vae.config, self.transformer.config
         pairs = (
             ("tokens", "sample_size", transformer.sample_size, self.vae.latent_sequence_length),
@@ -192,6 +216,11 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             )
         if config.get("invert_sigmas"):
             raise ValueError("a scheduler with `invert_sigmas=True` runs towards the noise: set it to False.")
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "a scheduler with `use_dynamic_shifting=True` shifts times by the size of 2D latents: set it to False "
+                "and give a fixed `shift`."
+            )
 
     def check_inputs(
         self,
@@ -328,16 +357,17 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
     def _predict_velocity(
         self, latents: torch.Tensor, time: float, labels: torch.Tensor, null_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """Velocity at `latents` in float32, guided if `null_labels` is given: the conditional pass, then the null
-        one."""
+        """Velocity at `latents` in float32 or better: the conditional pass, guided by a null one if `null_labels` is
+        given."""
         model_input = latents.to(self.transformer.dtype)
         timestep = torch.full((latents.shape[0],), time, dtype=torch.float32, device=latents.device)
         with self.transformer.cache_context("cond"):
-            velocity = self.transformer(model_input, timestep, labels, return_dict=False)[0].float()
+            velocity = self.transformer(model_input, timestep, labels, return_dict=False)[0]
+        velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
         if null_labels is None:
             return velocity
         with self.transformer.cache_context("uncond"):
-            null_velocity = self.transformer(model_input, timestep, null_labels, return_dict=False)[0].float()
+            null_velocity = self.transformer(model_input, timestep, null_labels, return_dict=False)[0].to(velocity)
         return null_velocity + self.guidance_scale * (velocity - null_velocity)
 
     @property
@@ -463,7 +493,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
 
         # 3. Integrate from noise to data
         low, high = guidance_interval[0] - _INTERVAL_TOLERANCE, guidance_interval[1] + _INTERVAL_TOLERANCE
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with _evaluation_mode(self.transformer), self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -489,7 +519,8 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             image = latents
         else:
             raw = denormalize_latents(latents, self.vae.config).to(self.vae.dtype)
-            image = self.vae.decode(raw, return_dict=False)[0]
+            with _evaluation_mode(self.vae):
+                image = self.vae.decode(raw, return_dict=False)[0]
             image = self.image_processor.postprocess(image, output_type=output_type)
 
         self.maybe_free_model_hooks()

@@ -231,8 +231,8 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
             1-tuple of it if `return_dict` is `False`.
 
         Raises:
-            ValueError: If `timestep` is an integer (an index) or not one of `timesteps`, the schedule has ended, or
-                `noise` does not have the shape of `sample`.
+            ValueError: If `timestep` is an integer (an index) or not one of `timesteps`, the schedule has ended,
+                `noise` does not have the shape of `sample`, or a list of generators is not one per sample.
         """
         if isinstance(timestep, (int, np.integer)) or (
             isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()
@@ -244,6 +244,11 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         if noise is not None and noise.shape != sample.shape:
             raise ValueError(
                 f"`noise` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(noise.shape)}."
+            )
+        if isinstance(generator, list) and len(generator) != sample.shape[0]:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but there are {sample.shape[0]} samples: give one per "
+                "sample, or a single generator for all."
             )
         if self.step_index is None:
             self._init_step_index(timestep)

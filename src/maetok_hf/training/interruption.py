@@ -1,6 +1,7 @@
 """Stopping a run between two steps when it is asked to, on all processes at once."""
 
 import fcntl
+import logging
 import os
 import signal
 import time
@@ -9,6 +10,9 @@ from types import FrameType
 
 import torch
 import torch.distributed
+
+
+logger = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -85,6 +89,7 @@ class RunLock:
     def __init__(self, output_dir: str | Path, patience: float = 60.0):
         self._file = open(Path(output_dir) / ".lock", "w")
         deadline = time.monotonic() + patience
+        waiting = False
         while True:
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,6 +99,9 @@ class RunLock:
                     raise ValueError(
                         f"`output_dir` {output_dir} is in use by another process: wait for it, or choose another."
                     ) from None
+                if not waiting:
+                    logger.warning("%s is in use by another process: waiting up to %g s.", output_dir, patience)
+                    waiting = True
                 time.sleep(min(0.5, patience))
 
     def release(self) -> None:

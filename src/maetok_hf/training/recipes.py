@@ -362,8 +362,8 @@ def parse_arguments(
     add_flags(parser, recipe_class, "recipe (each flag replaces the value in the file)")
     arguments = parser.parse_args(words)
     path = Path(arguments.recipe)
-    if not path.suffix:
-        path = folder / f"{path.name}.yaml"
+    if path.name == arguments.recipe and not path.is_file():  # a bare name
+        path = folder / f"{path.name.removesuffix('.yaml')}.yaml"
     try:
         options = build(options_class, given_flags(arguments, options_class))
         return load_recipe(recipe_class, path, given_flags(arguments, recipe_class)), options

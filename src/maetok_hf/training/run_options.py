@@ -105,18 +105,25 @@ class TokenizerRunOptions(RunOptions):
             not accepted by `"mask_modelling"`, whose recipe describes the model.
         validation_split (`str`, *optional*):
             Held-out split on which the result is measured; without it nothing held out is measured.
-        num_validation_images (`int`, *optional*, defaults to 500):
-            Images of the held-out split that are measured, the first ones.
+        num_validation_images (`int`, *optional*):
+            Images of the held-out split that are measured, the first ones; 500 by default, or all if it has fewer.
     """
 
     pretrained_model_name_or_path: str | None = None
     validation_split: str | None = None
-    num_validation_images: int = 500
+    num_validation_images: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.num_validation_images is None:
+            return
         if self.num_validation_images < 1:
             raise ValueError(f"`num_validation_images` must be at least 1, got {self.num_validation_images}.")
+        if self.validation_split is None:
+            raise ValueError(
+                f"`num_validation_images` = {self.num_validation_images} has no effect without `validation_split`: "
+                "name the split, or remove it."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

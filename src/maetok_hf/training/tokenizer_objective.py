@@ -141,8 +141,7 @@ class TokenizerObjective(nn.Module):
 
         Raises:
             ValueError: If an input has the wrong shape or type, `posterior_noise` is missing or superfluous, or a
-            target
-                does not give one vector per patch.
+                target does not give one vector per patch.
         """
         if self.decoder_only:
             with torch.no_grad():
