@@ -30,6 +30,8 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/installed
+	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' \
+		|| { echo "error: no Python.h, which torch.compile needs: apt-get install python3-dev"; exit 1; }
 	$(BIN)/python -m pytest -m slow
 
 quality: $(VENV)/installed

@@ -81,7 +81,7 @@ def make_transformer(recipe: SiTRecipe, source: ImageSource, tokenizer: Autoenco
 
 
 def check_class_labels(class_labels: torch.Tensor, num_classes: int) -> None:
-    """Refuse labels beyond a hand-set number of classes: the first of them is the null class, which would be taught."""
+    """Refuse labels beyond a hand-set number of classes, the first of which would be taken for the null class."""
     if class_labels.max() >= num_classes:
         raise ValueError(
             f"The data set has the label {class_labels.max().item()}, but `model` sets num_classes={num_classes}: "

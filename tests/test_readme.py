@@ -1,5 +1,6 @@
 """Every code block of README runs here or carries a mark that says what it needs."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -79,11 +80,17 @@ def test_readme_names_existing_files():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_recipes_that_readme_names_exist():
-    text = README.read_text(encoding="utf-8")
-    names = re.findall(r"--recipe ([\w-]+)", text)
-    assert names
-    assert all((ROOT / "examples" / "recipes" / f"{name}.yaml").is_file() for name in names)
+def test_training_commands_name_real_scripts_recipes_and_flags():
+    from maetok_hf.training import recipes, run_options
+
+    text = "\n".join(block.code for block in BLOCKS if block.mark == "hours").replace("\\\n", " ")
+    commands = re.findall(r"^accelerate launch examples/(train_\w+)\.py (.*)$", text, re.MULTILINE)
+    assert [script for script, _ in commands] == ["train_maetok", "train_maetok", "train_sit"]
+    for script, words in commands:
+        kind = "SiT" if script == "train_sit" else "Tokenizer"
+        parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        classes = getattr(recipes, f"{kind}Recipe"), getattr(run_options, f"{kind}RunOptions")
+        recipes.parse_arguments(parser, *classes, ROOT / "examples" / "recipes", words.split())
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +147,12 @@ def test_demo_leaves_what_it_promises_and_reuses_it(demo_folder):
     assert (outputs / "tokenizer" / "train_report.json").stat().st_mtime_ns == before
     with np.load(outputs / "samples.npz") as samples:
         assert np.array_equal(samples["arr_0"], images), "the same seeds give the same images"
+
+    # a stage that was trained from an earlier tokenizer is not taken for one of the present tokenizer
+    for stage in ("tokenizer-finetuned", "generator"):
+        file = outputs / stage / "train_report.json"
+        whole = file.read_text()
+        file.write_text(whole.replace('"given_tokenizer": "', '"given_tokenizer": "0'))
+        stale = subprocess.run(command, cwd=demo_folder, capture_output=True, text=True)
+        assert stale.returncode != 0 and f"{stage} was trained from another tokenizer" in stale.stderr
+        file.write_text(whole)

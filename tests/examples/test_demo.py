@@ -1,5 +1,6 @@
 """`demo.py`: a stage ends with the demonstration, however that ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -60,11 +61,12 @@ def wait_for(condition):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["demo", "make"])
-@pytest.mark.parametrize("name", ["INT", "TERM", "KILL"])
+@pytest.mark.parametrize(
+    ("whom", "name"),
+    # a terminal sends SIGINT to `make` and to the demonstration
+    [("demo", "INT"), ("demo", "TERM"), ("demo", "KILL"), ("make", "TERM"), ("make", "KILL")],
+)
 def test_training_saves_and_ends_when_the_demonstration_is_stopped_or_killed(tmp_path, whom, name):
-    if whom == "make" and name == "INT":
-        pytest.skip("a terminal sends SIGINT to all processes of the foreground, the case `demo`")
     command = [sys.executable, "-c", MAKER, STAGE, str(DEMO), LAUNCHER, TRAINING, str(tmp_path)]
     environment = os.environ | {"MAKELEVEL": "1"}
     maker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True, text=True)
@@ -79,9 +81,6 @@ def test_training_saves_and_ends_when_the_demonstration_is_stopped_or_killed(tmp
         RunLock(tmp_path, patience=60.0).release()
         assert (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
     finally:
-        for group in (maker.pid,):
-            try:
-                os.killpg(group, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(maker.pid, signal.SIGKILL)
         maker.stdout.close()

@@ -104,6 +104,31 @@ def test_cached_latents_are_made_once(run_here, flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_labels_must_exist_and_fit_the_number_of_classes(run_here, flags, tmp_path, mode):
+    from datasets import Image, load_dataset
+
+    rows = load_dataset(str(flags[flags.index("--dataset_name") + 1]), split="train", cache_dir=str(tmp_path / "hf"))
+    rows = rows.cast_column("image", Image(decode=False))
+    names_unknown = rows.map(lambda row: {"index": row["label"]}, remove_columns="label")
+    for name, table in (("none", rows.remove_columns("label")), ("numbers", names_unknown)):
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "train.parquet")
+
+    def run(name, *more):
+        command = [*flags, *MODES[mode], "--dataset_name", tmp_path / name, "--output_dir", tmp_path / f"{name}-out"]
+        run_here("train_sit", *command, *more)
+
+    with pytest.raises(ValueError, match="has no label column: name it with `label_column`"):
+        run("none", "--model", "num_classes=3")
+    numbers = ["--label_column", "index", "--max_train_steps", "4"]
+    with pytest.raises(ValueError, match="does not say how many classes"):
+        run("numbers", *numbers)
+    with pytest.raises(ValueError, match="has the label 2, but `model` sets num_classes=2"):
+        run("numbers", *numbers, "--model", "num_classes=2")
+    run("numbers", *numbers, "--model", "num_classes=3")
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_signal_saves_a_checkpoint_and_the_same_command_continues(run_here, flags, tmp_path, assert_same_result, mode):
     flags = [*flags, *MODES[mode], "--gradient_accumulation_steps", "2"]
     run_here("train_sit", *flags, "--output_dir", tmp_path / "whole")
@@ -159,6 +184,8 @@ def test_wrong_input_ends_the_run_before_the_first_step(run_here, flags, tokeniz
     plain.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="no `latents_mean`"):
         run_here(*command, "--tokenizer_name_or_path", tmp_path / "plain")
+    with pytest.raises(ValueError, match="`resolution` is 18, but must be a multiple of the tokenizer's patches of 4"):
+        run_here(*command, "--resolution", "18")
     with pytest.raises(SystemExit):
         run_here(*command, "--cache_latents", "--num_streams", "2")
     assert not list((tmp_path / "out").glob("checkpoint-*"))

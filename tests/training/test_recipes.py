@@ -185,6 +185,14 @@ def test_recipe_is_found_by_its_bare_name():
     recipe, options = parse_arguments(make_parser(), SiTRecipe, SiTRunOptions, RECIPES, words)
     assert recipe == load_recipe(SiTRecipe, RECIPES / "demo-sit.yaml")
     assert options == SiTRunOptions(output_dir="o", dataset_name="d", tokenizer_name_or_path="t")
+    assert parse_arguments(make_parser(), SiTRecipe, SiTRunOptions, RECIPES, ["--recipe", "demo-sit.yaml", *words[2:]])
+
+
+def test_recipe_given_by_a_path_is_not_looked_up_elsewhere(tmp_path, capsys):
+    words = ["--recipe", str(tmp_path / "demo-sit"), "--output_dir", "o", "--dataset_name", "d"]
+    with pytest.raises(SystemExit):
+        parse_arguments(make_parser(), SiTRecipe, SiTRunOptions, RECIPES, [*words, "--tokenizer_name_or_path", "t"])
+    assert "There is no recipe file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,6 +206,8 @@ def test_recipe_is_found_by_its_bare_name():
         (["--seed", "x"], "--seed: invalid int value"),
         (["--checkpointing_steps", "0"], "`checkpointing_steps` must be at least 1, got 0"),
         (["--ema_decay", "2"], "`ema_decay` must lie in"),
+        (["--num_validation_images", "5"], "has no effect without `validation_split`"),
+        (["--num_validation_images", "0", "--validation_split", "test"], "`num_validation_images` must be at least 1"),
     ],
 )
 def test_bad_flag_ends_the_script_with_a_message(capsys, words, message):
