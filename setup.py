@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "src/maetok_hf/__init__.py
     1
 ]
 
-# Lower bounds, no pins: users choose their torch build. Models match the golden outputs at the bound of diffusers, too.
+# Lower bounds, no pins: users choose their torch build. Golden outputs were checked at the bound of diffusers, too.
 INSTALL_REQUIRES = [
     "accelerate>=1.2",
     "diffusers>=0.41",
