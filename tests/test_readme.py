@@ -97,7 +97,9 @@ def test_training_commands_name_real_scripts_recipes_and_flags():
 def demo_folder(tmp_path_factory):
     """A folder in which the demonstration has run: the command of `make demo`, with its training cut short."""
     folder = tmp_path_factory.mktemp("readme")
-    dry_run = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # the suite itself may run under `make`, which would then print the folders it enters
+    command = ["make", "--dry-run", "--no-print-directory", "demo"]
+    dry_run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     command = dry_run.stdout.splitlines()[-1].split()
     assert command == [".venv/bin/python", "examples/demo.py", "--output_dir", "outputs/demo"]
     short = ["--max_train_steps", "4", "--samples_per_class", "2"]
