@@ -34,7 +34,6 @@ def _init_vit_weights(model: nn.Module, initializer_range: float) -> None:
     """Xavier linears with zero bias, as masked autoencoders have them (MAE, arXiv 2111.06377, appendix A.1)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            # not a fixed standard deviation: at small widths 0.02 leaves the attention uniform for hundreds of steps
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     for module in model.modules():
