@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests examples setup.py
+SOURCES := src tests examples benchmarks setup.py
 
 .PHONY: demo test test-slow quality style clean
 

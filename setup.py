@@ -15,14 +15,24 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "src/maetok_hf/__init__.py
 INSTALL_REQUIRES = [
     "accelerate>=1.2",
     "diffusers>=0.41",
-    "huggingface-hub>=1.0",
+    "huggingface-hub>=1.5",
     "numpy>=1.26",
     "pillow>=10",
     "safetensors>=0.4",
     "torch>=2.6",
 ]
 EXTRAS = {
-    "training": ["datasets>=4.0", "pyyaml>=6", "tqdm>=4.66"],
+    "training": [
+        "datasets>=4.0",
+        "lpips>=0.1.4",
+        "pyyaml>=6",
+        "tensorboard>=2.16",
+        "timm>=1.0.15",
+        "torchmetrics>=1.4",
+        "torchvision>=0.21",
+        "tqdm>=4.66",
+        "transformers>=5",
+    ],
     "lora": ["peft>=0.17", "transformers>=5"],
 }
 EXTRAS["demo"] = [*EXTRAS["training"], "mlxtend>=0.23", "scikit-learn>=1.5"]

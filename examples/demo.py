@@ -48,7 +48,9 @@ from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline
 from maetok_hf.data import export_mnist
 from maetok_hf.training.checkpointing import model_digest
 from maetok_hf.training.interruption import RunLock
-from maetok_hf.training.recipes import SiTRecipe, TokenizerRecipe, load_recipe, recipe_to_dict
+from maetok_hf.training.recipes import load_recipe, recipe_to_dict
+from maetok_hf.training.sit_recipe import SiTRecipe
+from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 
 
 EXAMPLES = Path(__file__).resolve().parent

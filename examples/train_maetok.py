@@ -1,14 +1,14 @@
 """Train a MAETok tokenizer: mask modelling (stage 1), then fine-tuning of its decoder (stage 2).
 
-On ImageNet (log in first: the data set is gated), 8 processes:
+The whole published recipe on ImageNet (log in first: the data set is gated), 8 processes:
 
     accelerate launch --num_processes 8 examples/train_maetok.py --recipe maetok-b-128-256 \
-        --dataset_name ILSVRC/imagenet-1k --validation_split validation --output_dir outputs/maetok-b-128 \
+        --validation_split validation --validation_steps 5000 --output_dir outputs/maetok-b-128 \
         --mixed_precision bf16 --dataloader_num_workers 8
 
     accelerate launch --num_processes 8 examples/train_maetok.py --recipe maetok-b-128-256-decoder \
         --pretrained_model_name_or_path outputs/maetok-b-128 \
-        --dataset_name ILSVRC/imagenet-1k --validation_split validation --output_dir outputs/maetok-b-128-decoder \
+        --validation_split validation --validation_steps 5000 --output_dir outputs/maetok-b-128-decoder \
         --mixed_precision bf16 --dataloader_num_workers 8
 
 On a folder of images of your own, where every recipe value has a flag of its name:
@@ -16,105 +16,363 @@ On a folder of images of your own, where every recipe value has a flag of its na
     accelerate launch examples/train_maetok.py --recipe maetok-b-128-256 --dataset_name path/to/folder \
         --output_dir outputs/mine --total_batch_size 64 --gradient_accumulation_steps 4 --max_train_steps 20000
 
+Sharded over several machines, or several GPUs that are too small for one copy: see examples/accelerate_configs.
+
 A run that was stopped (Ctrl-C and SIGTERM save a checkpoint first) or killed continues with the same command, exactly.
 The result in `output_dir` is loaded by `AutoencoderMAE.from_pretrained(output_dir)`; beside it lie the checkpoints,
-`training_log.jsonl` (losses) and `train_report.json` (timings, final losses, held-out PSNR).
+`training_log.jsonl` (losses), `validation/` (pictures), `logs/` (TensorBoard's) and `train_report.json` (timings,
+final losses, held-out measurements).
 """
 
 import argparse
 import dataclasses
 import logging
-import time
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_
 
-from maetok_hf.data import HeldOutImages, StreamingImages, open_images
+from maetok_hf.data import (
+    COUNT_NAMES,
+    HeldOutImages,
+    StreamingImages,
+    describe_counts,
+    open_images,
+    to_pixel_values,
+)
 from maetok_hf.models import AutoencoderMAE
 from maetok_hf.seeding import keyed_seed
-from maetok_hf.training.auxiliary import AuxiliaryDecoder
-from maetok_hf.training.checkpointing import Checkpointer, data_identity, export, model_digest, write_json
+from maetok_hf.training.checkpointing import data_identity, export, model_digest, write_json
+from maetok_hf.training.discriminator_objective import sample_adversarial_draws
 from maetok_hf.training.draws import sample_noise
-from maetok_hf.training.interruption import RunLock, StopRequest, outlive_stop_signal
+from maetok_hf.training.interruption import outlive_stop_signal
 from maetok_hf.training.latent_statistics import LatentStatistics, encode_latents
-from maetok_hf.training.masking import linear_mask_ratio, sample_masks, sample_step_mask_ratio
+from maetok_hf.training.masking import sample_masks
+from maetok_hf.training.model_card import write_model_card
 from maetok_hf.training.optim import create_ema, set_learning_rate
-from maetok_hf.training.progress import TrainingMonitor
-from maetok_hf.training.recipes import TokenizerRecipe, parse_arguments
+from maetok_hf.training.recipes import parse_arguments
+from maetok_hf.training.run import TrainingRun
 from maetok_hf.training.run_options import TokenizerRunOptions
-from maetok_hf.training.targets import HOGTarget
-from maetok_hf.training.tokenizer_objective import TokenizerObjective
-from maetok_hf.training.validation import peak_signal_to_noise_ratio
+from maetok_hf.training.sharding import average_gradients, whole_copy
+from maetok_hf.training.stability import StepGuard
+from maetok_hf.training.tokenizer_parts import (
+    make_caption_tokenizer,
+    make_discriminator_objective,
+    make_tokenizer,
+    make_tokenizer_objective,
+)
+from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
+from maetok_hf.training.validation import ReconstructionMetrics, reconstruction_grid, write_png
 
 
-def make_objective(recipe: TokenizerRecipe, options: TokenizerRunOptions) -> TokenizerObjective:
-    """The tokenizer, its auxiliary decoders and its losses, freshly initialised or from a trained tokenizer."""
-    if (recipe.stage == "decoder_finetuning") != (options.pretrained_model_name_or_path is not None):
-        raise ValueError(
-            "`pretrained_model_name_or_path` names the tokenizer that stage 'decoder_finetuning' starts from; it is "
-            f"{options.pretrained_model_name_or_path!r} and the recipe's `stage` is {recipe.stage!r}."
-        )
-    weights = {"reconstruction": recipe.reconstruction_weight}
-    if recipe.stage == "decoder_finetuning":
-        tokenizer = AutoencoderMAE.from_pretrained(options.pretrained_model_name_or_path)
-        if recipe.resolution % tokenizer.config.patch_size:
-            raise ValueError(
-                f"`resolution` is {recipe.resolution}, but must be a multiple of the tokenizer's patches of "
-                f"{tokenizer.config.patch_size} pixels."
-            )
-        return TokenizerObjective(tokenizer, loss_weights=weights, decoder_only=True)
-
-    torch.manual_seed(keyed_seed(options.seed, "initialisation"))
-    tokenizer = AutoencoderMAE(sample_size=recipe.resolution, **recipe.model)
-    targets, decoders = {}, {}
-    if "hog" in recipe.auxiliary_targets:
-        targets["hog"] = HOGTarget(tokenizer.config.patch_size)
-        weights["hog"] = recipe.hog_weight
-    for name, target in targets.items():
-        decoders[name] = AuxiliaryDecoder.from_tokenizer_config(
-            tokenizer.config,
-            target.feature_dim,
-            hidden_size=recipe.auxiliary_hidden_size,
-            num_layers=recipe.auxiliary_num_layers,
-            num_attention_heads=recipe.auxiliary_num_attention_heads,
-        )
-    if tokenizer.config.gaussian_posterior:
-        weights["kl"] = recipe.kl_weight
-    return TokenizerObjective(tokenizer, targets, decoders, weights)
+MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "tokenizer_template.md"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PICTURE_IMAGES = 16
 
 
-def mask_ratio_at(step: int, recipe: TokenizerRecipe, seed: int) -> float:
-    """Share of the patches that are masked in a step: drawn in stage 1 (section 3.2), falling in stage 2 (3.3)."""
-    if recipe.stage == "decoder_finetuning":
-        return linear_mask_ratio(step, recipe.mask_ratio_decay_steps, recipe.mask_ratio_start, recipe.mask_ratio_end)
-    return sample_step_mask_ratio(
-        seed, step, recipe.mask_ratio_mean, recipe.mask_ratio_std, recipe.mask_ratio_min, recipe.mask_ratio_max
+def open_data(recipe: TokenizerRecipe, options: TokenizerRunOptions, accelerator: Accelerator):
+    """The training stream, the same images unaugmented for statistics, and the held-out images or `None`."""
+    data = {
+        "name": options.dataset_config_name,
+        "image_column": options.image_column,
+        "caption_column": options.caption_column,
+        "cache_dir": options.cache_dir,
+        "use_labels": False,
+    }
+    with accelerator.main_process_first():
+        source = open_images(options.dataset_name, split=options.train_split, **data)
+    settings = {
+        "batch_size": options.micro_batch_size(recipe.total_batch_size, accelerator.num_processes),
+        "seed": options.seed,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "num_workers": options.dataloader_num_workers,
+        "num_streams": options.num_streams,
+    }
+    stream = StreamingImages(
+        source,
+        resolution=recipe.training_resolutions,
+        resolution_weights=recipe.mixed_resolution_weights or None,
+        crop=recipe.crop,
+        random_flip=recipe.random_flip,
+        **settings,
     )
+    unaugmented = StreamingImages(source, resolution=recipe.resolution, random_flip=False, **settings)
+    if options.validation_split is None:
+        return stream, unaugmented, None
+    held_out_source = open_images(options.dataset_name, split=options.validation_split, **data)
+    held_out = HeldOutImages(
+        held_out_source,
+        resolution=recipe.resolution,
+        batch_size=stream.batch_size,
+        num_samples=min(options.num_validation_images or 500, held_out_source.num_rows),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    return stream, unaugmented, held_out
 
 
-def measure_latents(tokenizer: AutoencoderMAE, stream: StreamingImages, num_images: int, accelerator: Accelerator):
-    """Statistics of the latents of training images: whole micro-batches, at least `num_images` or an epoch of them."""
-    statistics = LatentStatistics(tokenizer.config.latent_channels)
-    per_round = stream.batch_size * accelerator.num_processes
-    rounds = min(-(-num_images // per_round), stream.micro_batches_per_epoch)
-    for _, batch in zip(range(rounds), stream.dataloader(), strict=False):
-        statistics.update(encode_latents(tokenizer, batch["pixel_values"].to(accelerator.device)))
-    if accelerator.num_processes == 1:
-        return statistics
-    return LatentStatistics.merged(accelerator.gather(statistics.state()[None].to(accelerator.device)))
+class TokenizerTraining:
+    """One training run of a tokenizer: what is trained, and what happens in a step."""
 
+    def __init__(self, recipe: TokenizerRecipe, options: TokenizerRunOptions):
+        self.recipe, self.options = recipe, options
+        if recipe.predicts_text != (options.caption_column is not None):
+            raise ValueError(
+                "`caption_column` names the captions that the auxiliary target 'text' predicts: it is "
+                f"{options.caption_column!r} and the recipe's `auxiliary_targets` are {recipe.auxiliary_targets}."
+            )
+        adversarial = recipe.adversarial_weight > 0
+        self.run = TrainingRun(recipe, options, f"tokenizer, {recipe.stage}", several_models=adversarial)
+        self.accelerator, self.device = self.run.accelerator, self.run.device
 
-@torch.no_grad()
-def held_out_psnr(tokenizer: AutoencoderMAE, images: HeldOutImages, accelerator: Accelerator) -> float:
-    """Mean PSNR in dB of the unmasked reconstructions of held-out images."""
-    total = torch.zeros(2, device=accelerator.device)
-    for batch in images:
-        pixel_values = batch["pixel_values"].to(accelerator.device)
-        psnr = peak_signal_to_noise_ratio(tokenizer(pixel_values).sample, pixel_values)
-        total += torch.tensor([psnr.sum().item(), len(psnr)], device=accelerator.device)
-    total = accelerator.reduce(total)
-    return (total[0] / total[1]).item()
+        # Models. Frozen networks (teachers, LPIPS, the discriminator's trunk) are no part of what is prepared.
+        self.tokenizer = make_tokenizer(recipe, options.seed, options.pretrained_model_name_or_path)
+        self.captions_to_tokens = make_caption_tokenizer(recipe)
+        self.discriminator = make_discriminator_objective(recipe, options.seed)
+        self.objective = make_tokenizer_objective(
+            recipe, self.tokenizer, options.seed, self.discriminator, self.captions_to_tokens
+        )
+        self.initial_digest = model_digest(self.tokenizer)
+        # Stage 2 leaves the latents as they are, and a generator may have been trained on them already.
+        self.latents_change = recipe.stage == "mask_modelling" or self.tokenizer.config.latents_mean is None
+        if options.gradient_checkpointing:
+            self.tokenizer.enable_gradient_checkpointing()
+        if options.torch_compile:
+            self.objective.compile_repeated_blocks()
+
+        # Data: micro-batches in an order that depends on the seed, not on processes, workers or restarts
+        self.stream, self.unaugmented, self.held_out = open_data(recipe, options, self.accelerator)
+        self.steps_per_epoch = self.stream.micro_batches_per_epoch // options.gradient_accumulation_steps
+        self.row_counts = torch.zeros(len(COUNT_NAMES), dtype=torch.int64)  # of this epoch, on this process
+
+        # Optimisers and the moving average, of parameters that may be sharded by now
+        self.model, self.optimizer = self.accelerator.prepare(self.objective, recipe.make_optimizer(self.objective))
+        self.objective.move_frozen(self.device)
+        self.parameters = self.objective.trainable_parameters()
+        self.ema = create_ema(self.tokenizer, recipe.ema_decay)
+        if self.discriminator is not None:
+            # It is small, and called from within the tokenizer's forward pass: its gradients are averaged here instead
+            # of by a wrapper. Its heads compute in float32 whatever the precision, so its gradients are not scaled.
+            self.discriminator.to(self.device).discriminator.move_frozen(self.device)
+            self.discriminator_optimizer = self.accelerator.prepare_optimizer(
+                recipe.make_optimizer(self.discriminator, recipe.peak_discriminator_learning_rate)
+            )
+            self.discriminator_optimizer.scaler = None
+
+    def begin(self) -> int:
+        """Continue from the newest checkpoint, or begin; the number of steps done."""
+        modules, optimizers = {"auxiliary_decoders": self.objective.auxiliary_decoders}, [self.optimizer]
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+            optimizers.append(self.discriminator_optimizer)
+        first_step = self.run.begin(
+            {
+                "data": data_identity(self.stream.source),
+                "initial_tokenizer": self.initial_digest,
+                "micro_batch_size": self.stream.batch_size,
+                "num_streams": self.stream.num_streams,
+            },
+            models={"tokenizer": self.tokenizer},
+            ema={"tokenizer": self.ema},
+            modules=modules,
+            optimizers=optimizers,
+        )
+        if self.accelerator.is_main_process and "row_counts" in self.run.extra:
+            self.row_counts += torch.tensor(self.run.extra["row_counts"])  # those of all processes
+        self.accelerator.print(
+            f"{self.tokenizer.num_parameters() / 1e6:.1f} M parameters, {self.stream.source.num_rows} images, "
+            f"{self.steps_per_epoch} steps per epoch ({self.stream.num_dropped} images left out), "
+            f"{self.accelerator.num_processes} processes of {torch.get_num_threads()} threads, "
+            f"beginning at step {first_step}"
+        )
+        return first_step
+
+    def train(self) -> None:
+        """Run to the end of the recipe, from wherever an earlier run stopped."""
+        recipe, options, run = self.recipe, self.options, self.run
+        first_step = self.begin()
+        self.stream.set_start(first_step * options.gradient_accumulation_steps)
+        loader = self.stream.dataloader(pin_memory=self.device.type == "cuda")
+        loader.worker_init_fn = outlive_stop_signal
+        micro_batches = iter(loader)
+        self.model.train()
+        for step in range(first_step, recipe.max_train_steps):
+            learning_rate = recipe.learning_rate_at(step)
+            set_learning_rate(self.optimizer, learning_rate)
+            for part in range(options.gradient_accumulation_steps):
+                batch = next(micro_batches)
+                self.row_counts += batch["counts"]
+                # Drop-path is the only draw that is left to the global generator.
+                micro_batch = part * self.accelerator.num_processes + self.accelerator.process_index
+                torch.manual_seed(keyed_seed(options.seed, "dropout", step, micro_batch))
+                with self.accelerator.accumulate(self.model):
+                    self.micro_step(step, batch)
+            done = step + 1
+            save = run.end_step(
+                step, {"learning_rate": learning_rate, "mask_ratio": recipe.mask_ratio_at(step, options.seed)}
+            )
+            if done % self.steps_per_epoch == 0:
+                self.report_epoch(done // self.steps_per_epoch)
+            if options.validation_steps and done % options.validation_steps == 0 and done < recipe.max_train_steps:
+                self.validate(whole_copy(self.tokenizer, self.ema, self.device), done)
+            if save:
+                self.save(step)
+            run.leave_if_asked(step)
+        run.end()
+        self.finish()
+
+    def micro_step(self, step: int, batch: dict) -> None:
+        """Forward and backward passes of a micro-batch, and the optimisers' steps if it is the last of the step."""
+        scales = self.recipe.loss_scales_at(step)
+        judged = self.discriminator is not None and scales["adversarial"] > 0
+        inputs = self.make_inputs(step, batch)
+        with self.accelerator.autocast():
+            draws = self.adversarial_draws("generator", step, batch) if judged else None
+            terms, reconstructions = self.model(**inputs, scales=scales, adversarial_draws=draws)
+        self.run.backward(terms["loss"])
+        if judged:
+            with self.accelerator.autocast():
+                draws = self.adversarial_draws("discriminator", step, batch)
+                opinion = self.discriminator(inputs["pixel_values"], reconstructions, draws)
+            loss = StepGuard.expose(opinion.pop("loss"))
+            (loss / self.options.gradient_accumulation_steps).backward()
+            terms |= opinion
+        self.run.monitor.add(terms)
+        if not self.accelerator.sync_gradients:
+            return
+
+        # Not `accelerator.clip_grad_norm_`, which would unscale the gradients of both optimisers under fp16.
+        self.accelerator.unscale_gradients(self.optimizer)
+        norms = {"gradient_norm": clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)}
+        if judged:
+            heads = list(self.discriminator.parameters())
+            average_gradients(heads)
+            norms["discriminator_gradient_norm"] = clip_grad_norm_(heads, self.recipe.max_grad_norm)
+        self.run.admit(norms)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if judged:
+            set_learning_rate(self.discriminator_optimizer, self.recipe.discriminator_learning_rate_at(step))
+            self.discriminator_optimizer.step()
+            self.discriminator_optimizer.zero_grad()
+            self.discriminator.end_step(self.run.average)
+
+    def make_inputs(self, step: int, batch: dict) -> dict[str, torch.Tensor]:
+        """A micro-batch and its draws as the objective takes them, on the device."""
+        config, seed, indices = self.tokenizer.config, self.options.seed, batch["indices"]
+        inputs = {"pixel_values": to_pixel_values(batch["images"], self.device)}
+        num_patches = math.prod(side // config.patch_size for side in batch["images"].shape[-2:])
+        mask_ratio = self.recipe.mask_ratio_at(step, seed)
+        if mask_ratio > 0:
+            inputs["mask"] = sample_masks(seed, step, indices, num_patches, mask_ratio)
+        if config.gaussian_posterior:
+            shape = (config.num_latent_tokens or num_patches, config.latent_channels)
+            inputs["posterior_noise"] = sample_noise(seed, "posterior", step, indices, shape)
+        if self.captions_to_tokens is not None:
+            inputs["token_indices"] = self.captions_to_tokens(batch["captions"])
+        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+
+    def adversarial_draws(self, side: str, step: int, batch: dict) -> dict[str, torch.Tensor]:
+        """What is random in a look of the discriminator, on the device."""
+        draws = sample_adversarial_draws(self.options.seed, side, step, batch["indices"])
+        return {name: draw.to(self.device, non_blocking=True) for name, draw in draws.items()}
+
+    def report_epoch(self, epoch: int) -> None:
+        """Say what was unusual about the images of an epoch."""
+        counts = self.accelerator.reduce(self.row_counts.to(self.device)).cpu()
+        self.accelerator.print(f"Epoch {epoch} of the images is over: {describe_counts(counts)}")
+        self.row_counts.zero_()
+
+    def latent_statistics(self, tokenizer: AutoencoderMAE, num_images: int) -> dict[str, Any]:
+        """Config values: mean and standard deviation of the latents of at least `num_images` training images."""
+        statistics = LatentStatistics(tokenizer.config.latent_channels)
+        per_round = self.unaugmented.batch_size * self.accelerator.num_processes
+        rounds = min(-(-num_images // per_round), self.unaugmented.micro_batches_per_epoch)
+        for _, batch in zip(range(rounds), self.unaugmented.dataloader(), strict=False):
+            statistics.update(encode_latents(tokenizer, to_pixel_values(batch["images"], self.device)))
+        states = self.accelerator.gather(statistics.state()[None].to(self.device))
+        mean, std = LatentStatistics.merged(states).result(self.recipe.latent_statistics)
+        return {"latents_mean": mean, "latents_std": std}
+
+    def save(self, step: int) -> None:
+        """A checkpoint, whose models have the statistics of the latents of their own weights."""
+        configs = {}
+        for folder, ema in (("tokenizer", None), ("tokenizer_ema", self.ema)) if self.latents_change else ():
+            copy = whole_copy(self.tokenizer, ema, self.device)
+            try:
+                configs[folder] = self.latent_statistics(copy, self.options.checkpoint_statistics_images)
+            except ValueError as error:
+                logging.warning("%s of the checkpoint has no statistics of its latents: %s", folder, error)
+        row_counts = self.accelerator.reduce(self.row_counts.to(self.device))
+        checkpoint = self.run.save(step, {"row_counts": row_counts.tolist()}, configs)
+        self.run.publish(lambda: self.with_card(checkpoint / "tokenizer_ema", step + 1), step + 1)
+
+    def with_card(self, folder: Path, step: int, metrics: dict[str, float] | None = None) -> dict[str, Path]:
+        """The files of a saved tokenizer, its card and the newest picture, by their names in a Hub repository."""
+        files = {path.name: path for path in folder.iterdir() if path.name in ("config.json", WEIGHTS_NAME)}
+        pictures = sorted(self.run.output_dir.glob("validation/step-*.png"), key=lambda path: path.stat().st_mtime)
+        if pictures:
+            files["reconstructions.png"] = pictures[-1]
+        files["README.md"] = write_model_card(
+            self.run.output_dir,
+            MODEL_CARD,
+            repo_id=self.run.repo_id,
+            recipe=dataclasses.asdict(self.recipe),
+            step=step,
+            model_config=AutoencoderMAE.load_config(folder),
+            dataset_name=self.options.dataset_name,
+            train_split=self.options.train_split,
+            base_model=self.options.pretrained_model_name_or_path,
+            validation_split=self.options.validation_split,
+            metrics=metrics,
+            picture="reconstructions.png" if pictures else None,
+        )
+        return files
+
+    @torch.no_grad()
+    def validate(self, tokenizer: AutoencoderMAE, step: int) -> dict[str, float]:
+        """PSNR, SSIM and, with its network, LPIPS of unmasked held-out reconstructions, and a picture of the first."""
+        metrics, picture = ReconstructionMetrics(self.objective.perceptual), None
+        for batch in self.held_out:
+            pixel_values = to_pixel_values(batch["images"], self.device)
+            reconstructions = tokenizer(pixel_values).sample
+            metrics.update(reconstructions, pixel_values)
+            if picture is None:
+                picture = reconstruction_grid(pixel_values[:PICTURE_IMAGES], reconstructions[:PICTURE_IMAGES])
+        result = ReconstructionMetrics.merged(self.accelerator.gather(metrics.state()[None].to(self.device))).result()
+        if self.accelerator.is_main_process:
+            write_png(self.run.output_dir / "validation" / f"step-{step}.png", picture)
+            self.run.trackers.log_image("validation/reconstructions", picture, step)
+        self.run.trackers.log({f"validation/{name}": value for name, value in result.items()}, step)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+        self.accelerator.print(f"Held-out images after step {step}: {shown}")
+        return result
+
+    def finish(self) -> None:
+        """Export the averaged weights with the statistics of their latents, and say what they achieve."""
+        steps, output_dir = self.recipe.max_train_steps, self.run.output_dir
+        tokenizer = whole_copy(self.tokenizer, self.ema, self.device)
+        if self.latents_change:
+            tokenizer.register_to_config(**self.latent_statistics(tokenizer, self.recipe.latent_statistics_images))
+        metrics = None if self.held_out is None else self.validate(tokenizer, steps)
+        if self.accelerator.is_main_process:
+            export(output_dir, tokenizer.save_pretrained)
+            report = self.run.report() | {
+                "num_parameters": tokenizer.num_parameters(),
+                "given_tokenizer": self.options.pretrained_model_name_or_path and self.initial_digest,
+                "held_out": metrics,
+                "latents_mean": tokenizer.config.latents_mean,
+                "latents_std": tokenizer.config.latents_std,
+            }
+            write_json(output_dir / "train_report.json", report)
+        self.run.publish(lambda: self.with_card(output_dir, steps, metrics), steps)
+        self.accelerator.print(f"Saved to {output_dir}")
+        self.run.close()
 
 
 def main():
@@ -125,181 +383,7 @@ def main():
         allow_abbrev=False,
     )
     recipe, options = parse_arguments(parser, TokenizerRecipe, TokenizerRunOptions, Path(__file__).parent / "recipes")
-
-    # 1. Processes and the output folder
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
-    )
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.WARNING)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    output_dir = Path(options.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(output_dir) if accelerator.is_main_process else None
-
-    # 2. Data: micro-batches in an order that depends on the seed, not on processes, workers or restarts
-    data = {
-        "name": options.dataset_config_name,
-        "image_column": options.image_column,
-        "cache_dir": options.cache_dir,
-        "use_labels": False,
-    }
-    with accelerator.main_process_first():
-        source = open_images(options.dataset_name, split=options.train_split, **data)
-    stream_settings = {
-        "resolution": recipe.resolution,
-        "batch_size": options.micro_batch_size(recipe.total_batch_size, accelerator.num_processes),
-        "seed": options.seed,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-        "num_workers": options.dataloader_num_workers,
-        "num_streams": options.num_streams,
-    }
-    stream = StreamingImages(source, crop=recipe.crop, random_flip=recipe.random_flip, **stream_settings)
-    held_out = None
-    if options.validation_split is not None:
-        held_out_source = open_images(options.dataset_name, split=options.validation_split, **data)
-        held_out = HeldOutImages(
-            held_out_source,
-            resolution=recipe.resolution,
-            batch_size=stream.batch_size,
-            num_samples=min(options.num_validation_images or 500, held_out_source.num_rows),
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
-
-    # 3. Model, optimiser, moving average
-    objective = make_objective(recipe, options)
-    tokenizer = objective.tokenizer
-    if options.gradient_checkpointing:
-        tokenizer.enable_gradient_checkpointing()
-    initial_digest = model_digest(tokenizer)
-    model, optimizer = accelerator.prepare(objective, recipe.make_optimizer(objective))
-    ema = create_ema(tokenizer, recipe.ema_decay)
-
-    # 4. Continue where an earlier run with the same settings stopped
-    identity = {
-        "recipe": dataclasses.asdict(recipe),
-        "seed": options.seed,
-        "data": data_identity(source),
-        "initial_tokenizer": initial_digest,
-        "micro_batch_size": stream.batch_size,
-        "num_streams": stream.num_streams,
-        "mixed_precision": accelerator.mixed_precision,
-    }
-    checkpointer = Checkpointer(
-        accelerator,
-        output_dir,
-        identity,
-        models={"tokenizer": tokenizer},
-        ema={"tokenizer": ema},
-        modules={"auxiliary_decoders": objective.auxiliary_decoders},
-        total_limit=options.checkpoints_total_limit,
-    )
-    first_step, seconds = checkpointer.load(options.resume_from_checkpoint)
-    stream.set_start(first_step * options.gradient_accumulation_steps)
-    loader = stream.dataloader(pin_memory=accelerator.device.type == "cuda")
-    loader.worker_init_fn = outlive_stop_signal
-    accelerator.print(
-        f"{tokenizer.num_parameters() / 1e6:.1f} M parameters, {source.num_rows} images, "
-        f"{stream.micro_batches_per_epoch // options.gradient_accumulation_steps} steps per epoch "
-        f"({stream.num_dropped} images left out), {accelerator.num_processes} processes of {torch.get_num_threads()} "
-        f"threads, beginning at step {first_step}"
-    )
-
-    # 5. Training
-    stop = StopRequest()
-    monitor = TrainingMonitor(
-        output_dir,
-        f"tokenizer, {recipe.stage}",
-        recipe.max_train_steps,
-        first_step,
-        reduce=lambda values: accelerator.reduce(values, reduction="mean"),
-        enabled=accelerator.is_main_process,
-    )
-    num_patches = (recipe.resolution // tokenizer.config.patch_size) ** 2
-    latent_shape = (tokenizer.latent_sequence_length, tokenizer.config.latent_channels)
-    micro_batches = iter(loader)
-    start = time.monotonic() - seconds
-    model.train()
-    for step in range(first_step, recipe.max_train_steps):
-        learning_rate = recipe.learning_rate_at(step)
-        set_learning_rate(optimizer, learning_rate)
-        mask_ratio = mask_ratio_at(step, recipe, options.seed)
-        for part in range(options.gradient_accumulation_steps):
-            batch = next(micro_batches)
-            pixel_values = batch["pixel_values"].to(accelerator.device, non_blocking=True)
-            mask = noise = None
-            if mask_ratio > 0:
-                mask = sample_masks(options.seed, step, batch["indices"], num_patches, mask_ratio)
-                mask = mask.to(accelerator.device, non_blocking=True)
-            if tokenizer.config.gaussian_posterior:
-                noise = sample_noise(options.seed, "posterior", step, batch["indices"], latent_shape)
-                noise = noise.to(accelerator.device, non_blocking=True)
-            # Drop-path is the only draw that is left to the global generator.
-            micro_batch = part * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(keyed_seed(options.seed, "dropout", step, micro_batch))
-            with accelerator.accumulate(model):
-                terms = model(pixel_values, mask, noise)
-                accelerator.backward(terms["loss"])
-                replaced = batch["replaced"].float().mean().to(accelerator.device, non_blocking=True)
-                monitor.add(terms | {"replaced_fraction": replaced})
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(objective.trainable_parameters(), recipe.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        if not optimizer.step_was_skipped:  # fp16 skips a step whose gradient overflowed
-            monitor.add({"gradient_norm": norm})
-        ema.step(tokenizer.parameters())
-        monitor.advance()
-
-        done = step + 1
-        signal_number = stop.agreed()
-        save = bool(signal_number) or done % options.checkpointing_steps == 0 or done == recipe.max_train_steps
-        if save or done % options.logging_steps == 0:
-            seconds = time.monotonic() - start
-            monitor.report(done, {"learning_rate": learning_rate, "mask_ratio": mask_ratio, "seconds": seconds})
-        if save:
-            checkpointer.save(done, seconds)
-        if signal_number:
-            accelerator.print(f"Stopped by signal {signal_number} after step {done}: the same command continues.")
-            accelerator.end_training()
-            raise SystemExit(128 + signal_number)
-
-    # 6. Result: the averaged weights with the statistics of their latents, and what they achieve
-    stop.release()
-    monitor.close()
-    ema.copy_to(tokenizer.parameters())
-    model.eval()
-    if recipe.stage == "mask_modelling" or tokenizer.config.latents_mean is None:
-        # Stage 2 leaves the latents as they are, and a generator may have been trained on them already.
-        unflipped = StreamingImages(source, random_flip=False, **stream_settings)
-        statistics = measure_latents(tokenizer, unflipped, recipe.latent_statistics_images, accelerator)
-        latents_mean, latents_std = statistics.result(recipe.latent_statistics)
-        tokenizer.register_to_config(latents_mean=latents_mean, latents_std=latents_std)
-    psnr = None if held_out is None else held_out_psnr(tokenizer, held_out, accelerator)
-    if accelerator.is_main_process:
-        export(output_dir, tokenizer.save_pretrained)
-        report = {
-            "recipe": dataclasses.asdict(recipe),
-            "options": dataclasses.asdict(options),
-            "num_processes": accelerator.num_processes,
-            "num_threads": torch.get_num_threads(),
-            "device": str(accelerator.device),
-            "mixed_precision": accelerator.mixed_precision,
-            "num_parameters": tokenizer.num_parameters(),
-            "training_seconds": seconds,
-            "images_per_second": recipe.max_train_steps * recipe.total_batch_size / seconds,
-            "final": monitor.last_entry(),
-            "given_tokenizer": None if options.pretrained_model_name_or_path is None else initial_digest,
-            "held_out_psnr": psnr,
-            "latents_mean": tokenizer.config.latents_mean,
-            "latents_std": tokenizer.config.latents_std,
-        }
-        write_json(output_dir / "train_report.json", report)
-        lock.release()
-    accelerator.print(f"Saved to {output_dir}" + ("" if psnr is None else f", held-out PSNR {psnr:.2f} dB"))
-    accelerator.end_training()
+    TokenizerTraining(recipe, options).train()
 
 
 if __name__ == "__main__":

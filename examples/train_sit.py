@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from maetok_hf.data import HeldOutImages, ImageSource, StreamingImages, open_images
+from maetok_hf.data import HeldOutImages, ImageSource, StreamingImages, open_images, to_pixel_values
 from maetok_hf.models import AutoencoderMAE, SiTTransformer1DModel
 from maetok_hf.models.latents import check_latent_statistics, normalize_latents
 from maetok_hf.pipelines import MAETokDiffusionPipeline
@@ -40,8 +40,9 @@ from maetok_hf.training.latent_cache import LatentCache
 from maetok_hf.training.latent_statistics import encode_latents
 from maetok_hf.training.optim import create_ema, set_learning_rate
 from maetok_hf.training.progress import TrainingMonitor
-from maetok_hf.training.recipes import SiTRecipe, parse_arguments
+from maetok_hf.training.recipes import parse_arguments
 from maetok_hf.training.run_options import SiTRunOptions
+from maetok_hf.training.sit_recipe import SiTRecipe
 
 
 def load_tokenizer(options: SiTRunOptions, recipe: SiTRecipe) -> AutoencoderMAE:
@@ -90,10 +91,9 @@ def check_class_labels(class_labels: torch.Tensor, num_classes: int) -> None:
 
 
 def encode(tokenizer: AutoencoderMAE, images: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Normalised latents of images in [-1, 1], in float32."""
-    images = images.to(accelerator.device, non_blocking=True)
+    """Normalised latents of uint8 images, in float32."""
     with accelerator.autocast():
-        latents = encode_latents(tokenizer, images)
+        latents = encode_latents(tokenizer, to_pixel_values(images, accelerator.device))
     return normalize_latents(latents.float(), tokenizer.config)
 
 
@@ -135,7 +135,7 @@ def cache_latents(
 def encoded_batches(loader, tokenizer: AutoencoderMAE, accelerator: Accelerator) -> Iterator[dict]:
     """Micro-batches of images to micro-batches of latents."""
     for batch in loader:
-        yield batch | {"latents": encode(tokenizer, batch["pixel_values"], accelerator)}
+        yield batch | {"latents": encode(tokenizer, batch["images"], accelerator)}
 
 
 def main():
@@ -218,7 +218,7 @@ def main():
         ema={"transformer": ema},
         total_limit=options.checkpoints_total_limit,
     )
-    first_step, seconds = checkpointer.load(options.resume_from_checkpoint)
+    first_step, seconds, _ = checkpointer.load(options.resume_from_checkpoint)
     start_micro_batch = first_step * options.gradient_accumulation_steps
     if options.cache_latents:
         cache = cache_latents(

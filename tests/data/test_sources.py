@@ -11,6 +11,7 @@ from maetok_hf.data import CorruptImageError, open_images
 from maetok_hf.data.sources import (
     DatasetSource,
     ParquetSource,
+    Row,
     StreamSource,
     TarSource,
     decode_image,
@@ -42,7 +43,7 @@ def read(source, chunks=None):
     for chunk in range(len(source.chunk_sizes)) if chunks is None else chunks:
         raw = source.read_chunk(chunk)
         assert len(raw) == source.chunk_sizes[chunk]
-        rows += [(np.asarray(image), label) for image, label in map(source.decode, raw)]
+        rows += [(np.asarray(sample.image), sample.label) for sample in map(source.decode, raw)]
     return rows
 
 
@@ -96,7 +97,7 @@ def test_only_the_needed_columns_of_a_parquet_file_are_read(tmp_path, toy):
     dataset = toy.in_memory([toy.png(index) for index in range(10)], toy.labels(10)).add_column("text", ["x"] * 10)
     toy.write_parquet(tmp_path / "train.parquet", dataset, row_group_size=5)
     source = open_images(tmp_path, use_labels=False, cache_dir=tmp_path / "counts")
-    assert [row[1] for row in source.read_chunk(0)] == [None] * 10
+    assert [row.label for row in source.read_chunk(0)] == [None] * 10
     assert source.columns.names == ["image"]
 
 
@@ -142,7 +143,7 @@ def test_tar_samples_may_have_folders_long_names_and_missing_members(tmp_path, t
     data_files = {"train": str(tmp_path / "train.tar")}
     source = open_images("webdataset", data_files=data_files, chunk_size=3, cache_dir=tmp_path / "counts")
     assert source.chunk_sizes.tolist() == [3, 3, 2]
-    expected = [(toy.png(index), b"%d" % index) for index in range(6)] + [(None, b"6"), (toy.png(7), None)]
+    expected = [Row(toy.png(index), b"%d" % index) for index in range(6)] + [Row(None, b"6"), Row(toy.png(7))]
     for chunk in (2, 0, 1):
         assert source.read_chunk(chunk) == expected[3 * chunk : 3 * chunk + 3]
 
@@ -160,7 +161,9 @@ def test_a_compressed_tar_file_is_read_as_a_stream(tmp_path, toy):
         tmp_path / "all.tar", [(f"{i:03d}.{e}", d) for i in range(9) for e, d in (("png", toy.png(i)), ("cls", b"1"))]
     )
     (tmp_path / "all.tar.gz").write_bytes(gzip.compress((tmp_path / "all.tar").read_bytes()))
-    source = open_images("webdataset", data_files=str(tmp_path / "all.tar.gz"), chunk_size=4)
+    source = open_images(
+        "webdataset", data_files=str(tmp_path / "all.tar.gz"), chunk_size=4, cache_dir=tmp_path / "counts"
+    )
     assert isinstance(source, StreamSource) and source.num_rows == 9
     for index, (image, label) in enumerate(read(source, [0, 1, 2])):
         np.testing.assert_array_equal(image, toy.pixels(index))
@@ -234,7 +237,7 @@ def test_an_image_can_be_stored_in_any_way(tmp_path, toy):
     (tmp_path / "a.png").write_bytes(toy.png(3))
     path = str(tmp_path / "a.png")
     for value in (toy.png(3), {"bytes": toy.png(3), "path": None}, {"bytes": None, "path": path}, path, toy.pixels(3)):
-        np.testing.assert_array_equal(np.asarray(decode_image(value)), toy.pixels(3))
+        np.testing.assert_array_equal(np.asarray(decode_image(value)[0]), toy.pixels(3))
 
 
 def test_a_lost_connection_is_no_corrupt_image(monkeypatch):

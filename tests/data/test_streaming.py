@@ -1,13 +1,14 @@
 import itertools
 import logging
 import pickle
+import traceback
 
 import numpy as np
 import pytest
 import torch
 
-from maetok_hf.data import ImageSource, StreamingImages
-from maetok_hf.data.streaming import epoch_order
+from maetok_hf.data import COUNT_NAMES, ImageSource, StreamingImages, describe_counts
+from maetok_hf.data.order import epoch_order
 
 
 NUM_ROWS = 61
@@ -29,7 +30,7 @@ def assert_equal(batches, expected):
     for batch, other in zip(batches, expected, strict=True):
         assert batch.keys() == other.keys()
         for key, value in batch.items():
-            assert value == other[key] if key == "epoch" else torch.equal(value, other[key]), key
+            assert torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key], key
 
 
 class Recorder:
@@ -53,9 +54,10 @@ class Recorder:
 
 def test_a_micro_batch_has_the_promised_tensors(make_source):
     batch = take(stream(make_source()), 1)[0]
-    assert list(batch) == ["pixel_values", "class_labels", "indices", "replaced", "epoch"]
-    assert batch["pixel_values"].shape == (2, 3, 8, 8) and batch["pixel_values"].dtype == torch.float32
-    assert batch["pixel_values"].min() >= -1 and batch["pixel_values"].max() <= 1
+    assert list(batch) == ["images", "class_labels", "indices", "counts", "replaced", "epoch"]
+    assert batch["images"].shape == (2, 3, 8, 8) and batch["images"].dtype == torch.uint8
+    assert batch["images"].is_contiguous()
+    assert batch["counts"].shape == (len(COUNT_NAMES),) and not batch["counts"].any()
     for key, dtype in (("class_labels", torch.int64), ("indices", torch.int64), ("replaced", torch.bool)):
         assert batch[key].shape == (2,) and batch[key].dtype == dtype
     assert not batch["replaced"].any() and batch["epoch"] == 0
@@ -64,9 +66,8 @@ def test_a_micro_batch_has_the_promised_tensors(make_source):
 def test_indices_labels_and_pixels_belong_together(make_source, toy, kind):
     images = stream(make_source(kind), resolution=9, crop="center", random_flip=False)
     for batch in take(images, 10):
-        for image, label, index in zip(batch["pixel_values"], batch["class_labels"], batch["indices"], strict=True):
-            pixels = torch.from_numpy(toy.pixels(int(index))[:, 1:10].copy()).permute(2, 0, 1)
-            torch.testing.assert_close((image + 1) * 127.5, pixels.float(), rtol=0, atol=1e-3)
+        for image, label, index in zip(batch["images"], batch["class_labels"], batch["indices"], strict=True):
+            assert torch.equal(image, torch.from_numpy(toy.pixels(int(index))[:, 1:10].copy()).permute(2, 0, 1))
             assert label == toy.labels(NUM_ROWS)[index]
 
 
@@ -243,7 +244,7 @@ def test_crop_and_flip_belong_to_the_sample_and_the_epoch(make_source):
     def by_index(**settings):
         images = stream(source, **settings)
         batches = take(images, images.micro_batches_per_epoch)
-        return {int(i): x for batch in batches for i, x in zip(batch["indices"], batch["pixel_values"], strict=True)}
+        return {int(i): x for batch in batches for i, x in zip(batch["indices"], batch["images"], strict=True)}
 
     first = by_index()
     for other in (
@@ -281,6 +282,11 @@ def test_a_data_set_without_labels_has_no_class_labels(make_source, tmp_path, to
     assert "class_labels" not in take(images, 1)[0]
 
 
+def end_workers(error):
+    """Drop what an error in a worker keeps alive; left to the garbage collector, torch waits 5 s for each worker."""
+    traceback.clear_frames(error.tb)
+
+
 def corrupt(toy, bad, num_rows=NUM_ROWS):
     return [b"no image" if index in bad else toy.png(index) for index in range(num_rows)]
 
@@ -302,14 +308,15 @@ def test_a_corrupt_image_is_replaced_counted_and_reported(make_source, toy, capl
         for position, index in enumerate(batch["indices"].tolist()):
             seen.add(index)
             assert batch["replaced"][position] == (index in bad)
-            shown = ((batch["pixel_values"][position] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
-            stand_in = good[shown.numpy().tobytes()]
+            stand_in = good[batch["images"][position].permute(1, 2, 0).numpy().tobytes()]
             assert batch["class_labels"][position] == toy.labels(NUM_ROWS)[stand_in]
             assert block_of_row[stand_in] == block_of_row[index]
             assert (stand_in == index) == (index not in bad)
     assert len(seen) == NUM_ROWS - DROPPED
     for index in bad & seen:
         assert f"Row {index} of" in caplog.text
+    counts = torch.stack([batch["counts"] for batch in batches]).sum(0)
+    assert describe_counts(counts) == f"{len(bad & seen)} corrupt"
     assert_equal([take(stream(source, **settings, start_micro_batch=k), 1)[0] for k in range(MICRO_BATCHES)], batches)
 
 
@@ -331,8 +338,9 @@ def test_a_whole_block_of_corrupt_images_is_replaced_from_the_next(make_source, 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_only_corrupt_images_are_an_error(make_source, toy, num_workers):
     source = make_source(images=corrupt(toy, set(range(20)), 20))
-    with pytest.raises(ValueError, match="No usable row.*UnidentifiedImageError"):
+    with pytest.raises(ValueError, match="No usable row.*UnidentifiedImageError") as error:
         take(stream(source, num_workers=num_workers), 1)
+    end_workers(error)
 
 
 def test_a_missing_label_is_minus_one_or_replaced_where_labels_are_required(make_source, toy):
@@ -400,8 +408,9 @@ def test_a_data_set_smaller_than_a_global_batch_is_refused(make_source):
 
 def test_a_loader_with_another_number_of_workers_is_refused(make_source):
     loader = torch.utils.data.DataLoader(stream(make_source()), batch_size=None, num_workers=2)
-    with pytest.raises(ValueError, match="2 workers.*`num_workers=0`.*dataloader"):
+    with pytest.raises(ValueError, match="2 workers.*`num_workers=0`.*dataloader") as error:
         next(iter(loader))
+    end_workers(error)
 
 
 def test_sources_are_not_made_by_hand(make_source):

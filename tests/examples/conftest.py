@@ -16,6 +16,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
+from tests.networks import save_networks
+
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FAULTY_LAUNCH = Path(__file__).parent / "faulty_launch.py"
@@ -31,6 +33,9 @@ model:
   latent_channels: 2
   decoder_drop_path_rate: 0.3
   layer_scale_init_value: 0.5
+perceptual_weight: 0
+adversarial_weight: 0
+auxiliary_targets: [hog]
 auxiliary_num_layers: 1
 auxiliary_hidden_size: 16
 auxiliary_num_attention_heads: 1
@@ -42,9 +47,41 @@ lr_warmup_steps: 2
 ema_decay: 0.8
 latent_statistics_images: 24
 """
+FULL_RECIPE = """
+resolution: 32
+model:
+  patch_size: 8
+  hidden_size: 16
+  num_layers: 2
+  num_attention_heads: 1
+  num_latent_tokens: 4
+  latent_channels: 2
+  modulated_decoder: true
+  decoder_drop_path_rate: 0.3
+perceptual_warmup_steps: 4
+adversarial_start_step: 3
+adversarial_warmup_steps: 2
+discriminator_image_size: 32
+discriminator_learning_rate: 1.0e-2
+lecam_decay: 0.5
+auxiliary_targets: [hog, dinov2, siglip, text]
+auxiliary_num_layers: 1
+auxiliary_hidden_size: 16
+auxiliary_num_attention_heads: 1
+text_length: 6
+total_batch_size: 8
+max_train_steps: 8
+learning_rate: 1.0e-2
+scale_learning_rate: false
+lr_warmup_steps: 2
+ema_decay: 0.8
+latent_statistics_images: 24
+"""
 DECODER_RECIPE = """
 stage: decoder_finetuning
 resolution: 16
+perceptual_weight: 0
+adversarial_weight: 0
 mask_ratio_decay_steps: 4
 total_batch_size: 8
 max_train_steps: 8
@@ -79,15 +116,18 @@ def _png(index: int) -> bytes:
 
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory):
-    """Parquet shards: `train` has 41 rows of 3 classes, one of them corrupt, `test` has 6."""
-    from datasets import ClassLabel, Dataset, Features, Image
+    """Parquet shards: `train` has 41 rows of 3 classes, one of them corrupt, `test` has 6. Not all have a caption."""
+    from datasets import ClassLabel, Dataset, Features, Image, Value
 
     folder = tmp_path_factory.mktemp("data")
-    features = Features({"image": Image(), "label": ClassLabel(names=["one", "two", "three"])})
+    classes = ClassLabel(names=["one", "two", "three"])
+    features = Features({"image": Image(), "label": classes, "caption": Value("string")})
     for split, shards in (("train", [range(0, 16), range(16, 41)]), ("test", [range(100, 106)])):
         for number, rows in enumerate(shards):
             images = [{"bytes": b"broken" if row == 7 else _png(row), "path": None} for row in rows]
-            table = Dataset.from_dict({"image": images, "label": [row % 3 for row in rows]}, features=features)
+            columns = {"image": images, "label": [row % 3 for row in rows]}
+            columns["caption"] = [None if row % 5 == 0 else f"a square, number {row}" for row in rows]
+            table = Dataset.from_dict(columns, features=features)
             table.to_parquet(folder / f"{split}-{number}.parquet")
     return folder
 
@@ -100,6 +140,22 @@ def recipes(tmp_path_factory):
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text)
     return {name: folder / f"{name}.yaml" for name in texts}
+
+
+@pytest.fixture(scope="session")
+def full_recipe(tmp_path_factory):
+    """Path of a tiny recipe with every loss, and the folder of its networks, which `TORCH_HOME` must name."""
+    folder = tmp_path_factory.mktemp("networks")
+    settings = "".join(f"{name}: {value}\n" for name, value in save_networks(folder).items())
+    (folder / "full.yaml").write_text(FULL_RECIPE + settings)
+    return folder / "full.yaml"
+
+
+@pytest.fixture
+def full_flags(full_recipe, base_flags, monkeypatch):
+    """Flags of a run with every loss."""
+    monkeypatch.setenv("TORCH_HOME", str(full_recipe.parent))
+    return ["--recipe", full_recipe, *base_flags, "--checkpointing_steps", "2", "--caption_column", "caption"]
 
 
 @pytest.fixture
@@ -189,9 +245,13 @@ def result_of():
         for path in checkpoint.rglob("*.safetensors"):
             prefix = path.relative_to(checkpoint)
             state |= {f"{prefix}/{name}": value for name, value in load_file(path).items()}
-        optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-        for number, moments in optimizer["state"].items():
-            state |= {f"optimizer/{number}/{name}": value for name, value in moments.items()}
+        for path in checkpoint.glob("optimizer*.bin"):
+            optimizer = torch.load(path, weights_only=True)
+            for number, moments in optimizer["state"].items():
+                state |= {f"{path.name}/{number}/{name}": value for name, value in moments.items()}
+        state["extra"] = json.loads((checkpoint / "trainer_state.json").read_text()).get("extra")
+        for path in checkpoint.glob("*/config.json"):
+            state[str(path.relative_to(checkpoint))] = json.loads(path.read_text()).get("latents_std")
         log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
         state["log"] = [{name: value for name, value in entry.items() if name != "seconds"} for entry in log]
         return state

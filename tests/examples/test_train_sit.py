@@ -78,7 +78,7 @@ def test_result_is_a_loadable_pipeline_with_averaged_weights(run_here, flags, to
 
 
 def test_cached_latents_are_the_normalised_ones_of_both_views(run_here, flags, tokenizer_folder, tmp_path):
-    from maetok_hf.data import HeldOutImages, open_images
+    from maetok_hf.data import HeldOutImages, open_images, to_pixel_values
 
     run_here("train_sit", *flags, "--cache_latents", "--output_dir", tmp_path / "out", "--max_train_steps", "1")
     cached = np.load(tmp_path / "out" / "latents" / "latents.npy")
@@ -87,7 +87,8 @@ def test_cached_latents_are_the_normalised_ones_of_both_views(run_here, flags, t
     source = open_images(flags[flags.index("--dataset_name") + 1], split="train", cache_dir=tmp_path / "cache")
     images = HeldOutImages(source, resolution=16, batch_size=8).stacked()
     with torch.no_grad():
-        for view, pixels in enumerate((images["pixel_values"], images["pixel_values"].flip(-1))):
+        pixel_values = to_pixel_values(images["images"])
+        for view, pixels in enumerate((pixel_values, pixel_values.flip(-1))):
             expected = (tokenizer.encode(pixels).latent - 0.1) / 0.4
             actual = torch.from_numpy(cached[view][images["indices"].numpy()])
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -192,8 +193,8 @@ def test_wrong_input_ends_the_run_before_the_first_step(run_here, flags, tokeniz
 
 
 def test_every_flag_is_read(run_here, flags, tmp_path):
-    from maetok_hf.training.recipes import SiTRecipe
     from maetok_hf.training.run_options import SiTRunOptions
+    from maetok_hf.training.sit_recipe import SiTRecipe
 
     reads, classes = set(), {"SiTRecipe": SiTRecipe, "SiTRunOptions": SiTRunOptions}
 

@@ -100,7 +100,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     first.train(range(4))
     first.checkpointer.save(4, training_seconds=1.5)
     second = Run(tmp_path / "b", seed=1)
-    assert second.checkpointer.load("latest") == (4, 1.5)
+    assert second.checkpointer.load("latest") == (4, 1.5, {})
     assert_same_state(first.state(), second.state())
     second.train(range(4, 6))
     assert_same_state(uninterrupted.state(), second.state())
@@ -110,7 +110,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
 def test_new_run_begins_at_zero_and_leaves_the_model_alone(tmp_path):
     run = Run(tmp_path)
     before = run.state()
-    assert run.checkpointer.load("latest") == (0, 0.0)
+    assert run.checkpointer.load("latest") == (0, 0.0, {})
     assert_same_state(before, run.state())
 
 
@@ -223,7 +223,7 @@ def test_saving_the_same_step_again_keeps_the_first(tmp_path):
     run = Run(tmp_path)
     run.checkpointer.save(1, 1.0)
     run.checkpointer.save(1, 2.0)
-    assert Run(tmp_path).checkpointer.load("latest") == (1, 1.0)
+    assert Run(tmp_path).checkpointer.load("latest") == (1, 1.0, {})
 
 
 def test_going_back_past_a_newer_checkpoint_is_refused(tmp_path):

@@ -16,14 +16,14 @@ UNUSABLE = {4, 11}  # a corrupt image is not among the batches; a missing label 
 
 def images_of(rows):
     """An image whose mean is its row, with another row of pixels on its left."""
-    images = torch.zeros(len(rows), 1, 2, 2)
-    images[..., 1] = rows.float()[:, None, None]
+    images = torch.zeros(len(rows), 1, 2, 2, dtype=torch.uint8)
+    images[..., 1] = rows[:, None, None]
     return images
 
 
 def encode(images):
     """Left column minus right column: differs for a mirrored image."""
-    difference = (images[..., 0] - images[..., 1]).mean(dim=(1, 2))
+    difference = (images[..., 0].float() - images[..., 1].float()).mean(dim=(1, 2))
     return difference[:, None, None].expand(-1, *SHAPE)
 
 
@@ -31,7 +31,7 @@ def batches():
     for rows in torch.arange(NUM_ROWS).split(5):
         rows = torch.tensor([row for row in rows.tolist() if row != 4])
         labels = torch.where(rows == 11, -1, rows % 10)
-        yield {"pixel_values": images_of(rows), "class_labels": labels, "indices": rows}
+        yield {"images": images_of(rows), "class_labels": labels, "indices": rows}
 
 
 @pytest.fixture

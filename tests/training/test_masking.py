@@ -150,3 +150,15 @@ def test_indices_must_be_a_list_of_images(indices):
 def test_indices_must_be_integers():
     with pytest.raises(TypeError):
         draw_rows(lambda generator: torch.rand((), generator=generator), 0, "x", 0, torch.tensor([0.5]))
+
+
+def test_uniform_density_spreads_evenly_over_the_same_bounds():
+    ratios = [sample_step_mask_ratio(0, step, low=0.2, high=0.6, density="uniform") for step in range(2000)]
+    assert min(ratios) < 0.21 and max(ratios) > 0.59
+    assert abs(sum(ratios) / len(ratios) - 0.4) < 0.01
+    assert sample_step_mask_ratio(0, 3, low=0.5, high=0.5, density="uniform") == 0.5
+
+
+def test_unknown_density_is_an_error():
+    with pytest.raises(ValueError, match="`density` must be one of 'truncated_normal', 'uniform', got 'flat'"):
+        sample_step_mask_ratio(0, 0, density="flat")

@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 
 from maetok_hf.training.configuration import add_flags, build, check_value, field_help, given_flags, read_yaml
-from maetok_hf.training.recipes import (
-    SiTRecipe,
-    TokenizerRecipe,
-    load_recipe,
-    parse_arguments,
-    recipe_to_dict,
-)
+from maetok_hf.training.recipes import load_recipe, parse_arguments, recipe_to_dict
 from maetok_hf.training.run_options import RunOptions, SiTRunOptions, TokenizerRunOptions
+from maetok_hf.training.sit_recipe import SiTRecipe
+from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -36,16 +32,20 @@ def write(tmp_path):
     return write_recipe
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def recipe_class(path):
+    return SiTRecipe if "sit" in path.stem.split("-") else TokenizerRecipe
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipe_loads_and_begins_with_its_expected_result_and_cost(path):
-    recipe = load_recipe(SiTRecipe if "sit" in path.stem else TokenizerRecipe, path)
+    recipe = load_recipe(recipe_class(path), path)
     comments = path.read_text().splitlines()
     assert comments[0].startswith("# Expected: ")
     assert any(line.startswith("# Cost: ") for line in comments[:5])
     assert recipe.max_train_steps > recipe.lr_warmup_steps
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipe_builds_its_model(path):
     import torch
 
@@ -54,7 +54,7 @@ def test_shipped_recipe_builds_its_model(path):
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if "sit" in path.stem:
+        if recipe_class(path) is SiTRecipe:
             model = SiTTransformer1DModel(**load_recipe(SiTRecipe, path).model)
             assert model.config.num_layers == load_recipe(SiTRecipe, path).model["num_layers"]
         else:
@@ -102,8 +102,18 @@ def test_unknown_model_key_is_an_error_that_names_the_closest_one(write):
         ("random_flip: 1\n", r"`random_flip` must be of type `bool`"),
         ("crop: middle\n", r"`crop` must be one of 'center', 'random', got 'middle'"),
         ("auxiliary_targets: hog\n", r"`auxiliary_targets` must be a list"),
-        ("auxiliary_targets: [hog, hgo]\n", r"`auxiliary_targets` must be one of 'hog', got 'hgo'"),
+        ("auxiliary_targets: [hog, hgo]\n", r"`auxiliary_targets` must be one of 'hog', .*got 'hgo'"),
         ("auxiliary_targets: [hog, hog]\n", r"twice"),
+        (
+            "mixed_resolutions: [128, 512]\n",
+            r"`mixed_resolutions` must contain `resolution`, got \[128, 512\] and 256",
+        ),
+        ("mixed_resolutions: [256]\nmixed_resolution_weights: [1, 2]\n", r"one weight for each"),
+        ("mixed_resolutions: [256, 512]\nmixed_resolution_weights: [1, 0]\n", r"must be positive, got \[1.0, 0.0\]"),
+        ("mixed_resolutions: [256, 512]\nauxiliary_num_layers: 0\n", r"a linear decoder, is tied to one image size"),
+        ("perceptual_weight: -1\n", r"`perceptual_weight` must be 0 or more, got -1.0"),
+        ("adversarial_start_step: -1\n", r"`adversarial_start_step` must be 0 or more, got -1"),
+        ("lecam_decay: 1.0\n", r"`lecam_decay` must lie in \[0, 1\), got 1.0"),
         ("model: 3\n", r"`model` must be of type `dict`"),
         ("model: {hidden_size: wide}\n", r"`model: hidden_size` must be of type `int`, got 'wide'"),
         ("model: {sample_size: 32}\n", r"must not set 'sample_size': it is determined by `resolution`"),
@@ -134,6 +144,17 @@ def test_bad_value_is_an_error_that_names_it(write, text, message):
         ("kl_weight: 0.1\n", "kl_weight"),
         ("auxiliary_targets: []\nhog_weight: 1.0\n", "hog_weight"),
         ("auxiliary_targets: []\nauxiliary_num_layers: 1\n", "auxiliary_num_layers"),
+        ("auxiliary_targets: [hog]\ndinov2_model: x\n", "dinov2_model"),
+        ("auxiliary_targets: [hog]\nteacher_loss: mse\n", "teacher_loss"),
+        ("text_length: 5\n", "text_length"),
+        ("auxiliary_num_layers: 0\nauxiliary_hidden_size: 64\n", "auxiliary_hidden_size"),
+        ("perceptual_weight: 0\nperceptual_network: alex\n", "perceptual_network"),
+        ("adversarial_weight: 0\nadversarial_loss: hinge\n", "adversarial_loss"),
+        ("adversarial_weight: 0\ndiffaugment: [color]\n", "diffaugment"),
+        ("adversarial_weight: 0\nconsistency_weight: 1\n", "consistency_weight"),
+        ("lecam_weight: 0\nlecam_decay: 0.5\n", "lecam_decay"),
+        ("mask_ratio_density: uniform\nmask_ratio_mean: 0.5\n", "mask_ratio_mean"),
+        ("mask_ratio_min: 0.5\nmask_ratio_max: 0.5\nmask_ratio_std: 0.5\n", "mask_ratio_std"),
     ],
 )
 def test_setting_without_effect_is_an_error(write, text, name):
@@ -144,6 +165,71 @@ def test_setting_without_effect_is_an_error(write, text, name):
 def test_setting_without_effect_is_an_error_as_a_flag_too(write):
     with pytest.raises(ValueError, match="`kl_weight` is set but has no effect"):
         load_recipe(TokenizerRecipe, write("resolution: 32\n"), {"kl_weight": 0.5})
+
+
+def test_a_recipe_extends_another_and_holds_what_differs(write, tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "resolution: 64\nkl_weight: 0.5\nmodel: {gaussian_posterior: true, num_layers: 2}\n"
+    )
+    path = write("extends: base\nlearning_rate: 1.0e-3\nmodel: {num_layers: 3}\n")
+    recipe = load_recipe(TokenizerRecipe, path)
+    assert (recipe.resolution, recipe.learning_rate, recipe.kl_weight) == (64, 1e-3, 0.5)
+    assert recipe.model == {"gaussian_posterior": True, "num_layers": 3}
+
+
+def test_inherited_setting_that_has_lost_its_effect_takes_its_default(write, tmp_path):
+    (tmp_path / "base.yaml").write_text("hog_weight: 0.5\nauxiliary_num_layers: 1\n")
+    path = write("extends: base\nauxiliary_targets: []\n")
+    assert load_recipe(TokenizerRecipe, path) == TokenizerRecipe(auxiliary_targets=[])
+    assert load_recipe(TokenizerRecipe, tmp_path / "base.yaml", {"auxiliary_targets": []}) == TokenizerRecipe(
+        auxiliary_targets=[]
+    )
+
+
+def test_recipe_that_extends_itself_is_an_error(write, tmp_path):
+    (tmp_path / "other.yaml").write_text("extends: recipe\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        load_recipe(TokenizerRecipe, write("extends: other\n"))
+    with pytest.raises(ValueError, match="`extends` must be the name of another recipe, got 3"):
+        load_recipe(TokenizerRecipe, write("extends: 3\n"))
+
+
+def test_ablation_is_found_by_its_name_below_the_folder():
+    words = ["--recipe", "ablations/autoencoder", "--output_dir", "o"]
+    recipe, options = parse_arguments(make_parser(), TokenizerRecipe, TokenizerRunOptions, RECIPES, words)
+    assert (recipe.auxiliary_targets, recipe.mask_ratio_max, recipe.max_train_steps) == ([], 0.0, 250_000)
+    assert options.dataset_name == "ILSVRC/imagenet-1k"
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ablation_differs_from_the_setting_of_the_ablations_only_in_what_it_says(path):
+    import yaml
+
+    said = yaml.safe_load(path.read_text()).keys() - {"extends"}
+    base = "maetok-b-128-256.yaml" if path.stem == "base" else "ablations/base.yaml"
+    base = "maetok-b-128-mixed.yaml" if path.stem.startswith("mixed") else base
+    one, other = (recipe_to_dict(load_recipe(TokenizerRecipe, file)) for file in (path, RECIPES / base))
+    assert said and {name for name in one if one[name] != other[name]} >= said - {"text_tokenizer", "text_length"} - {
+        "text_weight",
+        "kl_weight",
+    }
+    unused = load_recipe(TokenizerRecipe, path).unused_settings()
+    assert {name for name in one if one[name] != other[name]} <= said | unused.keys()
+
+
+def test_pixel_terms_warm_up_and_start_when_the_recipe_says():
+    recipe = TokenizerRecipe(perceptual_warmup_steps=4, adversarial_start_step=2, adversarial_warmup_steps=2)
+    scales = [recipe.loss_scales_at(step) for step in range(5)]
+    assert [scale["perceptual"] for scale in scales] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [scale["adversarial"] for scale in scales] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    at_once = TokenizerRecipe(perceptual_warmup_steps=0, adversarial_start_step=0)
+    assert at_once.loss_scales_at(0) == {"perceptual": 1.0, "adversarial": 1.0}
+
+
+def test_discriminator_has_the_schedule_of_the_tokenizer_at_its_own_rate():
+    recipe = TokenizerRecipe(learning_rate=1e-3, discriminator_learning_rate=1e-4, scale_learning_rate=False)
+    for step in (0, 5_000, 400_000):
+        assert recipe.discriminator_learning_rate_at(step) == pytest.approx(0.1 * recipe.learning_rate_at(step))
 
 
 def test_decoder_finetuning_takes_no_model_section(write):
@@ -207,6 +293,9 @@ def test_recipe_given_by_a_path_is_not_looked_up_elsewhere(tmp_path, capsys):
         (["--checkpointing_steps", "0"], "`checkpointing_steps` must be at least 1, got 0"),
         (["--ema_decay", "2"], "`ema_decay` must lie in"),
         (["--num_validation_images", "5"], "has no effect without `validation_split`"),
+        (["--validation_steps", "5"], "has no effect without `validation_split`"),
+        (["--hub_model_id", "me/it"], "`hub_model_id` = 'me/it' has no effect without `push_to_hub`"),
+        (["--max_skipped_steps", "0"], "`max_skipped_steps` must be at least 1, got 0"),
         (["--num_validation_images", "0", "--validation_split", "test"], "`num_validation_images` must be at least 1"),
     ],
 )

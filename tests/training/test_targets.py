@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from maetok_hf.training.targets import HOGTarget, feature_loss
+from maetok_hf.training.targets import HOGTarget, explained_loading, feature_loss, patch_grid
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "hog.safetensors"
@@ -172,3 +172,28 @@ def test_feature_loss_refuses_unknown_kinds_and_other_shapes():
         feature_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), "l1")
     with pytest.raises(ValueError, match="one feature vector for each image token"):
         feature_loss(torch.zeros(1, 4, 2), torch.zeros(1, 1, 2), "mse")
+
+
+def test_the_comparison_is_a_switch_of_the_target_with_the_released_code_as_default():
+    assert HOGTarget(4).feature_loss == "mse"
+    assert HOGTarget(4, feature_loss="cosine").feature_loss == "cosine"
+    with pytest.raises(ValueError, match="`feature_loss` must be one of 'mse', 'cosine', got 'l1'"):
+        HOGTarget(4, feature_loss="l1")
+
+
+@pytest.mark.parametrize("loss_type", ["mse", "cosine"])
+def test_the_target_side_of_a_feature_loss_may_be_in_low_precision(loss_type):
+    generator = torch.Generator().manual_seed(1)
+    prediction, target = torch.randn(2, 2, 3, 8, generator=generator).unbind(0)
+    expected = feature_loss(prediction, target.bfloat16().float(), loss_type)
+    assert torch.equal(feature_loss(prediction, target.bfloat16(), loss_type), expected)
+
+
+def test_patch_grid_counts_rows_and_columns():
+    assert patch_grid(torch.zeros(2, 3, 48, 16), 16) == (3, 1)
+
+
+def test_loading_errors_say_what_to_do():
+    with pytest.raises(OSError, match=r"(?s)'some/repo'.*ValueError: no such.*`hf download some/repo`.*leave this"):
+        with explained_loading("some/repo"):
+            raise ValueError("no such thing")

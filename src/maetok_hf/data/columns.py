@@ -1,5 +1,6 @@
-"""Which columns of a data set hold the image and the class, and what the classes are called."""
+"""Which columns of a data set hold the image, the class and the caption, and what the classes are called."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +20,16 @@ class ImageColumns:
         label (`str`, *optional*): Name of the class column, `None` if no classes are read.
         class_names (`tuple[str, ...]`, *optional*): Names of the classes in the order of their indices, `None` if the
             data set does not know them.
+        caption (`str`, *optional*): Name of the caption column, `None` if no captions are read.
+        caption_fields (`tuple[str, ...]`, *optional*, defaults to `()`): Where the caption is inside that column, if
+            it holds structs or JSON objects.
     """
 
     image: str
     label: str | None = None
     class_names: tuple[str, ...] | None = None
+    caption: str | None = None
+    caption_fields: tuple[str, ...] = ()
     _index_of: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -31,7 +37,8 @@ class ImageColumns:
 
     @property
     def names(self) -> list[str]:
-        return [self.image] if self.label is None else [self.image, self.label]
+        """The columns of the data set that must be read."""
+        return list(dict.fromkeys(name for name in (self.image, self.label, self.caption) if name is not None))
 
     @property
     def num_classes(self) -> int | None:
@@ -63,6 +70,27 @@ class ImageColumns:
             return -1
         return index if index >= 0 and (self.num_classes is None or index < self.num_classes) else -1
 
+    def caption_text(self, value: Any) -> str | None:
+        """
+        Text of a stored caption.
+
+        Args:
+            value (`Any`): What the caption column holds: text, UTF-8 bytes, or the struct or JSON object around it.
+
+        Returns:
+            `str`, *optional*: The caption as it is stored, `None` if it is missing, blank or no text.
+        """
+        for field_name in self.caption_fields:
+            if isinstance(value, str | bytes):
+                try:
+                    value = json.loads(value)
+                except ValueError:
+                    return None
+            value = value.get(field_name) if isinstance(value, Mapping) else None
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", errors="replace")
+        return value if isinstance(value, str) and value.strip() else None
+
 
 def _is_image_feature(feature: Any) -> bool:
     from datasets import Image
@@ -83,6 +111,22 @@ def _may_hold_label(feature: Any) -> bool:
     return isinstance(feature, ClassLabel) or str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
 
 
+def _find_caption(features: Mapping[str, Any], name: str, columns: str) -> tuple[str, tuple[str, ...]]:
+    """The column and the fields in it that a caption column such as `text` or `json.caption` names."""
+    path = (name,) if name in features else tuple(name.split("."))
+    found: Any = features
+    for part in path:
+        if not isinstance(found, Mapping) or part not in found:
+            raise ValueError(
+                f"`caption_column={name!r}` is not a column of the data set, nor a field of one as in 'json.caption'. "
+                f"Columns: {columns}."
+            )
+        found = found[part]
+    if getattr(found, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"`caption_column={name!r}` holds no text but {found}. Columns: {columns}.")
+    return path[0], path[1:]
+
+
 def _the_only(candidates: Iterable[str], what: str, argument: str, columns: str, help_: str = "") -> str | None:
     candidates = list(candidates)
     if len(candidates) > 1:
@@ -98,9 +142,10 @@ def find_columns(
     image_column: str | None = None,
     label_column: str | None = None,
     use_labels: bool = True,
+    caption_column: str | None = None,
 ) -> ImageColumns:
     """
-    Find the image and class columns of a data set.
+    Find the image, class and caption columns of a data set.
 
     Args:
         features (`Mapping[str, Any]`): The features of the data set by column, as `dataset.features`.
@@ -109,6 +154,8 @@ def find_columns(
         label_column (`str`, *optional*): Class column. Found if not given: the only column with a `ClassLabel`
             feature, else the only integer column with a usual name, else none.
         use_labels (`bool`, *optional*, defaults to `True`): `False` reads no classes.
+        caption_column (`str`, *optional*): Caption column, or `column.field` for a field of a column of structs or
+            JSON objects. Captions are read only if it is given.
 
     Returns:
         [`ImageColumns`]: The columns and the names of the classes.
@@ -143,8 +190,11 @@ def find_columns(
     elif not _is_image_feature(features[image_column]) and not _may_hold_image(features[image_column]):
         raise ValueError(f"`image_column={image_column!r}` holds no images. Columns: {columns}.")
 
+    caption, caption_fields = None, ()
+    if caption_column is not None:
+        caption, caption_fields = _find_caption(features, caption_column, columns)
     if not use_labels:
-        return ImageColumns(image_column)
+        return ImageColumns(image_column, caption=caption, caption_fields=caption_fields)
     if label_column is None:
         without = ", or pass `use_labels=False`"
         label_column = _the_only(
@@ -167,4 +217,4 @@ def find_columns(
         )
     feature = features[label_column] if label_column is not None else None
     names = tuple(feature.names) if isinstance(feature, ClassLabel) and feature.names else None
-    return ImageColumns(image_column, label_column, names)
+    return ImageColumns(image_column, label_column, names, caption, caption_fields)

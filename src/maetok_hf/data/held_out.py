@@ -1,13 +1,16 @@
 """Held-out images in their own order, for validation and evaluation."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .sources import CorruptImageError, ImageSource
-from .streaming import check_integer
+from .batches import BatchBuilder, check_integer, enter_worker
+from .counts import RowWarnings
+from .explain import reading
+from .sources import CorruptImageError, ImageSource, Row
 from .transforms import ImageTransform
 
 
@@ -19,10 +22,11 @@ class HeldOutImages(torch.utils.data.IterableDataset):
     The first rows of a data set, in order, cropped at the centre, in batches.
 
     Process `rank` yields the batches `rank`, `rank + world_size`, ...; data workers share these in the same way, so a
-    `DataLoader(batch_size=None)` yields them in order. Each batch is a dict with `pixel_values` (float32 in `[-1, 1]`,
-    of shape `(n, 3, resolution, resolution)`), `class_labels` (int64, -1 for a missing label; absent without a label
-    column) and `indices` (int64, the position in the data set). `n` is `batch_size`, less in the last batch and where
-    a corrupt image is left out, which is logged.
+    `DataLoader(batch_size=None)` yields them in order. Each batch is a dict with `images` (uint8, of shape
+    `(n, 3, resolution, resolution)`, see [`to_pixel_values`]), `class_labels` (int64, -1 for a missing label; absent
+    without a label column), `captions` (`list[str | None]`; absent without a caption column), `indices` (int64, the
+    position in the data set) and `counts` (int64, see [`describe_counts`]). `n` is `batch_size`, less in the last
+    batch and where a corrupt image is left out, which is counted and logged.
 
     Args:
         source ([`ImageSource`]): The data set, from [`open_images`].
@@ -60,38 +64,38 @@ class HeldOutImages(torch.utils.data.IterableDataset):
         self.rank = check_integer("rank", rank, 0)
         if rank >= world_size:
             raise ValueError(f"`rank` must be below `world_size={world_size}`, got {rank}.")
+        self.warn = RowWarnings(logger, source.description)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        info = torch.utils.data.get_worker_info()
-        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        chunk, rows = -1, []
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker, num_workers = enter_worker()
         first = (self.rank + worker * self.world_size) * self.batch_size
+        resolution, chunk, rows, names = self.transform.resolution, -1, [], []
         for start in range(first, self.num_samples, num_workers * self.world_size * self.batch_size):
-            samples = []
-            for index in range(start, min(start + self.batch_size, self.num_samples)):
-                if not rows or not 0 <= index - self.source.chunk_starts[chunk] < len(rows):
-                    chunk = int(self.source.chunk_starts.searchsorted(index, side="right")) - 1
-                    rows = self.source.read_chunk(chunk)
-                try:
-                    image, label = self.source.decode(rows[index - int(self.source.chunk_starts[chunk])])
-                except CorruptImageError as error:
-                    logger.warning("Row %d of %s is left out: %s", index, self.source.description, error)
-                    continue
-                samples.append((self.transform(image), label, index))
-            if samples:
-                yield self._collate(samples)
+            images = torch.empty(self.batch_size, 3, resolution, resolution, dtype=torch.uint8)
+            builder = BatchBuilder(self.transform, self.source.columns, images)
+            builder.names += names
+            with reading(self.source.description):
+                for index in range(start, min(start + self.batch_size, self.num_samples)):
+                    if not rows or not 0 <= index - self.source.chunk_starts[chunk] < len(rows):
+                        chunk = int(self.source.chunk_starts.searchsorted(index, side="right")) - 1
+                        rows = self.source.read_chunk(chunk)
+                    self._add(builder, rows[index - int(self.source.chunk_starts[chunk])], index)
+            # What is said of a batch that is left out whole is said with the next.
+            names = [] if len(builder) else builder.names
+            if len(builder):
+                yield builder.batch()
 
-    def _collate(self, samples: list[tuple[torch.Tensor, int, int]]) -> dict[str, torch.Tensor]:
-        pixel_values, labels, indices = zip(*samples, strict=True)
-        batch = {"pixel_values": torch.stack(pixel_values)}
-        if self.source.columns.label is not None:
-            batch["class_labels"] = torch.tensor(labels, dtype=torch.int64)
-        return batch | {"indices": torch.tensor(indices, dtype=torch.int64)}
+    def _add(self, builder: BatchBuilder, row: Row, index: int) -> None:
+        try:
+            builder.add(self.source.decode(row), index)
+        except CorruptImageError as error:
+            builder.names.append("corrupt")
+            self.warn(f"Row {index} of {self.source.description} is left out: {error}")
 
     def stacked(self) -> dict[str, Any]:
         """
         Returns:
-            `dict[str, torch.Tensor]`: All batches of this process as one, in memory.
+            `dict[str, Any]`: All batches of this process as one, in memory.
 
         Raises:
             ValueError: If there is none: every image is corrupt, or this process has no share.
@@ -99,4 +103,13 @@ class HeldOutImages(torch.utils.data.IterableDataset):
         batches = list(self)
         if not batches:
             raise ValueError(f"{self.source.description} has no usable image for process {self.rank}.")
-        return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        stacked: dict[str, Any] = {}
+        for key in batches[0]:
+            values = [batch[key] for batch in batches]
+            if key == "counts":
+                stacked[key] = torch.stack(values).sum(0)
+            elif key == "captions":
+                stacked[key] = list(itertools.chain(*values))
+            else:
+                stacked[key] = torch.cat(values)
+        return stacked

@@ -1,35 +1,23 @@
 """Open an image data set by name, folder or object as an [`ImageSource`]."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .batches import check_integer
 from .columns import find_columns
+from .explain import is_disk_full, opening, reading
 from .sources import DatasetSource, ImageSource, ParquetSource, StreamSource, TarSource, count_stream, map_files
 
 
 logger = logging.getLogger(__name__)
 
 _CACHE_VERSION = 1
-
-
-@contextlib.contextmanager
-def _explained(data: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"The data set {data!r} could not be opened ({type(error).__name__}: {error}). If it is a folder, check "
-            "the path and that it holds images, parquet or tar files. If it is on the Hub, check the spelling and the "
-            f"connection; if it is private or gated, accept its terms at https://huggingface.co/datasets/{data} and "
-            "log in with `hf auth login`, or pass `token`."
-        ) from error
 
 
 def _file_key(file: str, token: str | bool | None) -> str:
@@ -42,40 +30,65 @@ def _file_key(file: str, token: str | bool | None) -> str:
     return f"{file} {file_system.ukey(path)}"
 
 
-def _cached_counts(
-    kind: str,
-    files: Sequence[str],
-    chunk_size: int | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike | None,
-    count: Callable[[str], Any],
-) -> list[Any]:
-    """What `count` says of every file, kept in a JSON file under a name that changes with any file."""
-    if cache_dir is None:
-        from datasets import config
+class _CountCache:
+    """
+    Row counts of files, each kept in a JSON file under a name that changes with the files.
 
-        cache_dir = Path(config.HF_DATASETS_CACHE) / "maetok_hf"
-    keys = map_files(lambda file: _file_key(file, token), files)
-    identity = json.dumps([_CACHE_VERSION, kind, chunk_size, keys])
-    path = Path(cache_dir) / f"{kind}-{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        pass  # not there yet, or damaged: count again
-    logger.info("Counting the rows of %d %s files, once.", len(files), kind)
-    counts = map_files(count, files)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            json.dump(counts, file)
-        os.replace(temporary, path)
-    except OSError as error:
-        logger.warning("The row counts could not be kept in %s (%s); they are counted again next time.", path, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return counts
+    Args:
+        folder (`str` or `os.PathLike`, *optional*): Where.
+        token (`str` or `bool`, *optional*): Token for files on the Hub.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, token: str | bool | None):
+        if folder is None:
+            from datasets import config
+
+            folder = Path(config.HF_DATASETS_CACHE) / "maetok_hf"
+        self.folder = Path(folder)
+        self.token = token
+
+    def path(self, kind: str, files: Sequence[str], *identity: Any) -> Path:
+        """Where the counts of files are kept; `identity` is what they depend on besides the files."""
+        keys = map_files(lambda file: _file_key(file, self.token), files)
+        text = json.dumps([_CACHE_VERSION, kind, *identity, keys])
+        return self.folder / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.json"
+
+    @staticmethod
+    def load(path: Path) -> list[Any] | None:
+        """The counts, `None` if they are not there or damaged."""
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    @staticmethod
+    def save(path: Path, counts: list[Any]) -> None:
+        """Keep counts; a failure is logged and costs a second count next time."""
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+                temporary = file.name
+                json.dump(counts, file)
+            os.replace(temporary, path)
+        except OSError as error:
+            advice = "free some space on that disk" if is_disk_full(error) else "check that folder"
+            logger.warning(
+                "The row counts could not be kept in %s (%s); they are counted again next time: %s, or pass "
+                "another `cache_dir`.", path, error, advice,
+            )  # fmt: skip
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+
+    def count_files(self, kind: str, files: Sequence[str], count: Callable[[str], Any], *identity: Any) -> list[Any]:
+        """What `count` says of every file."""
+        path = self.path(kind, files, *identity)
+        counts = self.load(path)
+        if counts is None:
+            logger.info("Counting the rows of %d %s files, once.", len(files), kind)
+            counts = map_files(count, files)
+            self.save(path, counts)
+        return counts
 
 
 def _choose_split(splits: Sequence[str], split: str | None, data: str) -> str:
@@ -102,7 +115,7 @@ def _without_decoding(dataset: Any, features: Mapping[str, Any] | None, image_co
     return dataset
 
 
-def _open_map_style(dataset: Any, description: str, chunk_size: int, token: Any, **columns: Any) -> ImageSource:
+def _open_map_style(dataset: Any, description: str, chunk_size: int, token: Any, columns: dict) -> ImageSource:
     if dataset.format["type"] == "custom":
         raise ValueError(
             f"{description} has a transform (`set_transform`), which would not be applied: remove it with "
@@ -115,7 +128,16 @@ def _open_map_style(dataset: Any, description: str, chunk_size: int, token: Any,
     return DatasetSource(dataset, description, found, chunk_size, token)
 
 
-def _open_stream(dataset: Any, description: str, chunk_size: int, token: Any, **columns: Any) -> ImageSource:
+def _open_stream(
+    dataset: Any,
+    description: str,
+    chunk_size: int,
+    token: Any,
+    columns: dict,
+    shard_sizes: list[int] | None = None,
+    keep: Callable[[list[int]], None] | None = None,
+) -> ImageSource:
+    """Opens a stream; unless `shard_sizes` are known, its rows are counted in one pass and given to `keep`."""
     from datasets import Dataset
 
     dataset = dataset.with_format(None)
@@ -128,14 +150,62 @@ def _open_stream(dataset: Any, description: str, chunk_size: int, token: Any, **
     else:
         found = find_columns(features, **columns)
     dataset = _without_decoding(dataset, features, found.image).select_columns(found.names)
-    logger.info("Counting the rows of %s in one pass.", description)
-    sizes, paths = count_stream(dataset, found, chunk_size)
-    if paths:
-        # A folder of images: its rows are short, so all of them are kept and any of them can be read at once.
-        images = {found.image: [image["path"] for image, _ in paths]}
-        labels = {found.label: [label for _, label in paths]} if found.label is not None else {}
-        return DatasetSource(Dataset.from_dict(images | labels), description, found, chunk_size, token)
-    return StreamSource(dataset, sizes, description, found, chunk_size, token)
+    if shard_sizes is None:
+        logger.info("Counting the rows of %s in one pass.", description)
+        shard_sizes, paths = count_stream(dataset, found, chunk_size)
+        if paths:
+            # A folder of images: its rows are short, so all of them are kept and any of them can be read at once.
+            table = {found.image: [row.image["path"] for row in paths]}
+            if found.label is not None:
+                table[found.label] = [row.label for row in paths]
+            if found.caption is not None:
+                table[found.caption] = [row.caption for row in paths]
+            return DatasetSource(Dataset.from_dict(table), description, found, chunk_size, token)
+        if keep is not None:
+            keep(shard_sizes)
+    return StreamSource(dataset, shard_sizes, description, found, chunk_size, token)
+
+
+def _open_by_name(
+    data: str,
+    split: str | None,
+    settings: dict[str, Any],
+    chunk_size: int,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike | None,
+    columns: dict[str, Any],
+) -> ImageSource:
+    from datasets import load_dataset_builder
+    from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    builder = load_dataset_builder(data, token=token, **settings)
+    files_by_split = {str(key): list(files) for key, files in (builder.config.data_files or {}).items()}
+    splits = list(files_by_split) or [str(key) for key in builder.info.splits or {}]
+    if splits:
+        split = _choose_split(splits, split, data)
+    elif split is None:
+        split = "train"
+    description = f"the split {split!r} of {data!r}"
+    stream = builder.as_streaming_dataset(split=split)
+    files = files_by_split.get(split, [])
+    cache = _CountCache(cache_dir, token)
+    if isinstance(builder, Parquet):
+        found = find_columns(stream.features, **columns)
+        groups = cache.count_files("parquet", files, lambda file: ParquetSource.count(file, token))
+        return ParquetSource(files, groups, description, found, chunk_size, token)
+    if isinstance(builder, WebDataset) and all(file.endswith(".tar") for file in files):
+        found = find_columns(stream.features, **columns)
+        indices = cache.count_files("tar", files, lambda file: TarSource.count(file, chunk_size, token), chunk_size)
+        return TarSource(files, indices, description, found, chunk_size, token)
+    if isinstance(builder, FolderBasedBuilder) or not files:
+        return _open_stream(stream, description, chunk_size, token, columns)
+    # So that only one process, and not every one, reads all of a data set that must be read to be counted.
+    path = cache.path("stream", files, builder.config_id, split, stream.num_shards)
+    return _open_stream(
+        stream, description, chunk_size, token, columns, cache.load(path), lambda sizes: cache.save(path, sizes)
+    )
 
 
 def open_images(
@@ -150,15 +220,17 @@ def open_images(
     image_column: str | None = None,
     label_column: str | None = None,
     use_labels: bool = True,
+    caption_column: str | None = None,
     chunk_size: int = 16,
     cache_dir: str | os.PathLike | None = None,
+    shard_sizes: Sequence[int] | None = None,
 ) -> ImageSource:
     """
     Open an image data set for [`StreamingImages`] and [`HeldOutImages`]. Nothing is downloaded as a whole.
 
     Parquet files, uncompressed WebDataset tar files, folders of images and map-style data sets are read at any place
-    directly; the rows of files are counted once and the counts kept in `cache_dir`. Any other stream is read shard by
-    shard from the beginning and counted at every opening.
+    directly. Any other stream is read shard by shard from the beginning. The rows of files are counted once and the
+    counts kept in `cache_dir`; an `IterableDataset` is counted, in one pass, at every opening without `shard_sizes`.
 
     Args:
         data (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`): Name of a data set on the Hub, a
@@ -174,10 +246,14 @@ def open_images(
         image_column (`str`, *optional*): Image column; found if not given.
         label_column (`str`, *optional*): Class column; found if not given.
         use_labels (`bool`, *optional*, defaults to `True`): `False` reads no classes.
+        caption_column (`str`, *optional*): Caption column, or `column.field` for a field of a column of structs or
+            JSON objects (such as `json.caption` of a WebDataset). Captions are read only if it is given.
         chunk_size (`int`, *optional*, defaults to 16): Consecutive rows that are read in one go and stay in the same
             shuffled block (row groups of a parquet file are never cut).
         cache_dir (`str` or `os.PathLike`, *optional*): Where row counts are kept; by default `maetok_hf` in the cache
             folder of `datasets`.
+        shard_sizes (`Sequence[int]`, *optional*): Rows of every shard of an `IterableDataset`, which is not counted
+            then: the `shard_sizes` of the source that one process has opened spare all others the pass.
 
     Returns:
         [`ImageSource`]: The rows; it knows `num_rows`, `num_classes` and `id2label`.
@@ -185,25 +261,39 @@ def open_images(
     Raises:
         ValueError: If a split or column is missing or ambiguous (the message lists what there is), if there are no
             rows, or if an argument does not fit the kind of `data`.
-        OSError: If the data set does not exist, is gated, or cannot be reached; the message says what to do.
+        OSError: If the data set does not exist, is gated or cannot be reached, or the disk is full; the message says
+            what to do.
     """
-    from datasets import Dataset, IterableDataset, load_dataset_builder
+    from datasets import Dataset, IterableDataset
 
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be a positive integer, got {chunk_size!r}.")
-    columns = {"image_column": image_column, "label_column": label_column, "use_labels": use_labels}
+    check_integer("chunk_size", chunk_size, 1)
+    columns = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "use_labels": use_labels,
+        "caption_column": caption_column,
+    }
+    if shard_sizes is not None and not isinstance(data, IterableDataset):
+        raise ValueError(
+            f"`shard_sizes` are for a loaded `datasets.IterableDataset`, and `data` is {type(data)}: leave them out."
+        )
+    settings = {"name": name, "data_dir": data_dir, "data_files": data_files, "revision": revision}
     if isinstance(data, Dataset | IterableDataset):
-        by_name = {
-            "split": split, "name": name, "data_dir": data_dir, "data_files": data_files, "revision": revision
-        }  # fmt: skip
-        given = [argument for argument, value in by_name.items() if value is not None]
+        given = [argument for argument, value in {"split": split, **settings}.items() if value is not None]
         if given:
             raise ValueError(
                 f"`{'`, `'.join(given)}` names a part of a data set that is still to be loaded, but `data` is already "
                 f"loaded ({type(data).__name__}): leave it out, or pass the name of the data set."
             )
-        open_ = _open_map_style if isinstance(data, Dataset) else _open_stream
-        return open_(data, f"the given {type(data).__name__}", chunk_size, token, **columns)
+        description = f"the given {type(data).__name__}"
+        if isinstance(data, Dataset):
+            return _open_map_style(data, description, chunk_size, token, columns)
+        if shard_sizes is not None and len(shard_sizes) != data.num_shards:
+            raise ValueError(
+                f"`shard_sizes` must be the rows of each of the {data.num_shards} shards, got {len(shard_sizes)}."
+            )
+        with reading(description):
+            return _open_stream(data, description, chunk_size, token, columns, shard_sizes)
     if isinstance(data, Mapping):
         raise ValueError(f"`data` is a dictionary of splits ({', '.join(map(repr, data))}): pass one of them.")
     if not isinstance(data, str | os.PathLike):
@@ -211,34 +301,5 @@ def open_images(
             "`data` must be the name of a data set, a folder, a `datasets.Dataset` or a `datasets.IterableDataset`, "
             f"got {type(data)}."
         )
-
-    from datasets.packaged_modules.parquet.parquet import Parquet
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
-
-    data = os.fspath(data)
-    with _explained(data):
-        builder = load_dataset_builder(
-            data, name=name, data_dir=data_dir, data_files=data_files, revision=revision, token=token
-        )
-        files_by_split = {str(key): list(files) for key, files in (builder.config.data_files or {}).items()}
-        splits = list(files_by_split) or [str(key) for key in builder.info.splits or {}]
-        if splits:
-            split = _choose_split(splits, split, data)
-        elif split is None:
-            split = "train"
-        description = f"the split {split!r} of {data!r}"
-        stream = builder.as_streaming_dataset(split=split)
-        files = files_by_split.get(split, [])
-        if isinstance(builder, Parquet):
-            found = find_columns(stream.features, **columns)
-            groups = _cached_counts(
-                "parquet", files, None, token, cache_dir, lambda file: ParquetSource.count(file, token)
-            )
-            return ParquetSource(files, groups, description, found, chunk_size, token)
-        if isinstance(builder, WebDataset) and all(file.endswith(".tar") for file in files):
-            found = find_columns(stream.features, **columns)
-            indices = _cached_counts(
-                "tar", files, chunk_size, token, cache_dir, lambda file: TarSource.count(file, chunk_size, token)
-            )
-            return TarSource(files, indices, description, found, chunk_size, token)
-        return _open_stream(stream, description, chunk_size, token, **columns)
+    with opening(os.fspath(data)):
+        return _open_by_name(os.fspath(data), split, settings, chunk_size, token, cache_dir, columns)

@@ -11,13 +11,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 
 from .columns import ImageColumns
-from .transforms import to_rgb
+from .transforms import convert_to_rgb
 
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,37 @@ NUM_THREADS = 16
 MAX_OPEN_FILES = 16
 MAX_OPEN_STREAMS = 64
 
-# A raw row: what the image column holds (bytes, a path, a dict of both, an image or None) and what the label column
-# holds (None without one).
-Row = tuple[Any, Any]
+
+class Row(NamedTuple):
+    """
+    A raw row.
+
+    Args:
+        image (`Any`): What the image column holds: bytes, a path, a dict of both, an image or `None`.
+        label (`Any`, *optional*): What the label column holds, `None` without one.
+        caption (`Any`, *optional*): What the caption column holds, `None` without one.
+    """
+
+    image: Any
+    label: Any = None
+    caption: Any = None
+
+
+class Sample(NamedTuple):
+    """
+    A decoded row.
+
+    Args:
+        image (`PIL.Image.Image`): The image, upright and of mode `RGB`.
+        label (`int`): Class index, -1 if it is missing or invalid, or no classes are read.
+        caption (`str`, *optional*): The caption, `None` if it is missing or no captions are read.
+        names (`tuple[str, ...]`): Names of `COUNT_NAMES` for what was unusual.
+    """
+
+    image: PIL.Image.Image
+    label: int
+    caption: str | None
+    names: tuple[str, ...]
 
 
 class CorruptImageError(ValueError):
@@ -52,7 +80,7 @@ def _read_file(path: str, token: str | bool | None) -> bytes:
         raise CorruptImageError(f"There is no file {path!r}.") from error
 
 
-def decode_image(value: Any, token: str | bool | None = None) -> PIL.Image.Image:
+def decode_image(value: Any, token: str | bool | None = None) -> tuple[PIL.Image.Image, tuple[str, ...]]:
     """
     Decode what an image column holds.
 
@@ -62,7 +90,8 @@ def decode_image(value: Any, token: str | bool | None = None) -> PIL.Image.Image
         token (`str` or `bool`, *optional*): Token for files on the Hub.
 
     Returns:
-        `PIL.Image.Image`: An upright image of mode `RGB`.
+        `tuple[PIL.Image.Image, tuple[str, ...]]`: An upright image of mode `RGB`, its pixels in memory, and the names
+        of `COUNT_NAMES` for what was unusual about the stored one.
 
     Raises:
         CorruptImageError: If there is no image or it cannot be decoded.
@@ -80,13 +109,26 @@ def decode_image(value: Any, token: str | bool | None = None) -> PIL.Image.Image
             image = PIL.Image.open(io.BytesIO(value))
         else:
             image = value
-        return to_rgb(image)
+        # PIL opens a file without reading its pixels: without this, a truncated file would fail while it is cropped.
+        image.load()
+        if 0 in image.size:
+            raise ValueError(f"the image has {image.width} x {image.height} pixels")
+        return convert_to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:
         # Everything is in memory by now, so whatever a decoder raises is a property of these bytes. Decoders raise
         # more than OSError: SyntaxError, struct.error, IndexError, DecompressionBombError.
         raise CorruptImageError(f"{type(error).__name__}: {error}") from error
+
+
+def _rows(table: Mapping[str, Sequence[Any]], columns: ImageColumns) -> list[Row]:
+    """Raw rows of a table of columns."""
+    images = table[columns.image]
+    nothing = [None] * len(images)
+    labels = nothing if columns.label is None else table[columns.label]
+    captions = nothing if columns.caption is None else table[columns.caption]
+    return [Row(*values) for values in zip(images, labels, captions, strict=True)]
 
 
 class ImageSource:
@@ -155,22 +197,29 @@ class ImageSource:
             chunk (`int`): Number of a chunk.
 
         Returns:
-            `list[tuple]`: Its raw rows, `chunk_sizes[chunk]` of them. No image is decoded.
+            `list[Row]`: Its raw rows, `chunk_sizes[chunk]` of them. No image is decoded.
         """
         raise NotImplementedError
 
-    def decode(self, row: Row) -> tuple[PIL.Image.Image, int]:
+    def decode(self, row: Row) -> Sample:
         """
         Args:
-            row (`tuple`): A raw row of [`~ImageSource.read_chunk`].
+            row ([`Row`]): A raw row of [`~ImageSource.read_chunk`].
 
         Returns:
-            `tuple[PIL.Image.Image, int]`: The image, of mode `RGB`, and its class index (-1: missing or invalid).
+            [`Sample`]: What it holds.
 
         Raises:
             CorruptImageError: If there is no image or it cannot be decoded.
         """
-        return decode_image(row[0], self.token), self.columns.label_index(row[1])
+        columns = self.columns
+        image, names = decode_image(row.image, self.token)
+        label, caption = columns.label_index(row.label), columns.caption_text(row.caption)
+        if columns.label is not None and label < 0:
+            names += ("unlabeled",)
+        if columns.caption is not None and caption is None:
+            names += ("uncaptioned",)
+        return Sample(image, label, caption, names)
 
     def _handles(self) -> OrderedDict:
         # Open files and iterators are never shared with a worker process that was forked from this one.
@@ -208,10 +257,7 @@ class DatasetSource(ImageSource):
 
     def read_chunk(self, chunk: int) -> list[Row]:
         start = int(self.chunk_starts[chunk])
-        rows = self.dataset[start : start + int(self.chunk_sizes[chunk])]
-        images = rows[self.columns.image]
-        labels = rows[self.columns.label] if self.columns.label is not None else [None] * len(images)
-        return list(zip(images, labels, strict=True))
+        return _rows(self.dataset[start : start + int(self.chunk_sizes[chunk])], self.columns)
 
 
 class ParquetSource(ImageSource):
@@ -257,9 +303,7 @@ class ParquetSource(ImageSource):
         table = file.read_row_groups(
             list(range(*self._groups[chunk])), columns=self.columns.names, use_threads=False
         ).to_pydict()
-        images = table[self.columns.image]
-        labels = table[self.columns.label] if self.columns.label is not None else [None] * len(images)
-        return list(zip(images, labels, strict=True))
+        return _rows(table, self.columns)
 
 
 def _tar_samples(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -330,13 +374,13 @@ class TarSource(ImageSource):
         file = self._handle(path, lambda: _open_binary(path, self.token))
         file.seek(self._offsets[chunk])
 
-        def read(entry):
-            return None if entry is None else entry[0].extractfile(entry[1]).read()
-
         rows = []
         for _, members in _tar_samples(file):
-            label = read(members.get(self.columns.label)) if self.columns.label is not None else None
-            rows.append((read(members.get(self.columns.image)), label))
+            table = {}
+            for name in self.columns.names:
+                archive, member = members.get(name, (None, None))
+                table[name] = [None if archive is None else archive.extractfile(member).read()]
+            rows += _rows(table, self.columns)
             if len(rows) == self.chunk_sizes[chunk]:
                 break
         return rows
@@ -357,6 +401,7 @@ class StreamSource(ImageSource):
 
     def __init__(self, dataset, shard_sizes, description: str, columns: ImageColumns, chunk_size: int, token=None):
         self.dataset = dataset
+        self.shard_sizes = list(shard_sizes)
         self.chunk_size = chunk_size
         chunks, self._numbers = [], []
         for shard, size in enumerate(shard_sizes):
@@ -372,9 +417,7 @@ class StreamSource(ImageSource):
         # the data workers of torch, as `__iter__` would.
         dataset = dataset.shard(num_shards=dataset.num_shards, index=shard)
         for batch in dataset.iter(batch_size=chunk_size):
-            images = batch[columns.image]
-            labels = batch[columns.label] if columns.label is not None else [None] * len(images)
-            yield list(zip(images, labels, strict=True))
+            yield _rows(batch, columns)
 
     def read_chunk(self, chunk: int) -> list[Row]:
         shard, number = int(self.chunk_shards[chunk]), self._numbers[chunk]
@@ -400,7 +443,7 @@ class StreamSource(ImageSource):
 
 
 def _extend_paths(paths: list[Row], rows: list[Row]) -> list[Row] | None:
-    for image, _ in rows:
+    for image, *_ in rows:
         if not (isinstance(image, Mapping) and image.get("bytes") is None and image.get("path")):
             return None
     paths.extend(rows)
@@ -417,7 +460,7 @@ def count_stream(dataset, columns: ImageColumns, chunk_size: int) -> tuple[list[
         chunk_size (`int`): Rows read at a time.
 
     Returns:
-        `tuple[list[int], list[tuple] | None]`: Rows of every shard, and all rows if they hold paths only (so that
+        `tuple[list[int], list[Row] | None]`: Rows of every shard, and all rows if they hold paths only (so that
         they can be kept), else `None`.
     """
     sizes: list[int] = []

@@ -8,15 +8,18 @@ enters, the micro-batches do not depend on how they are spread over processes, a
 """
 
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..seeding import keyed_generator
-from .sources import CorruptImageError, ImageSource, Row
+from .batches import BatchBuilder, check_integer, enter_worker
+from .counts import RowWarnings
+from .explain import reading
+from .loader import ImageSlots, SlotLoader
+from .order import EpochOrder, check_resolutions, epoch_order, resolution_at
+from .sources import CorruptImageError, ImageSource, Row, Sample
 from .transforms import ImageTransform
 
 
@@ -26,93 +29,31 @@ logger = logging.getLogger(__name__)
 MAX_REPLACEMENT_ATTEMPTS = 1024
 
 
-def check_integer(name: str, value: Any, minimum: int) -> int:
-    """
-    Raises:
-        ValueError: If `value` is not an integer of at least `minimum`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
-    return value
-
-
-@dataclass(frozen=True)
-class EpochOrder:
-    """
-    The order of one epoch.
-
-    Args:
-        chunks (`np.ndarray`): The chunks in their order, of shape `(num_chunks,)`.
-        block_chunks (`np.ndarray`): Position in `chunks` where each block begins, and the end, `(num_blocks + 1,)`.
-        block_rows (`np.ndarray`): Position in the epoch's rows where each block begins, and the end,
-            `(num_blocks + 1,)`.
-    """
-
-    chunks: np.ndarray
-    block_chunks: np.ndarray
-    block_rows: np.ndarray
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.block_rows) - 1
-
-    def block_of(self, position: int) -> int:
-        """The block that holds a position of the epoch's rows."""
-        return int(np.searchsorted(self.block_rows, position, side="right")) - 1
-
-
-def epoch_order(source: ImageSource, seed: int, epoch: int, block_size: int, shuffle: bool) -> EpochOrder:
-    """
-    Order the chunks of an epoch and deal them into blocks of at most `block_size` rows (a single larger chunk is a
-    block of its own).
-
-    Args:
-        source ([`ImageSource`]): The data set.
-        seed, epoch (`int`): Key of the permutation.
-        block_size (`int`): Rows of a block.
-        shuffle (`bool`): `False` keeps the order of the data set.
-
-    Returns:
-        [`EpochOrder`]: The order.
-    """
-    chunks = np.arange(len(source.chunk_sizes))
-    if shuffle:
-        generator = keyed_generator(seed, "blocks", epoch)
-        if source.sequential:
-            ranks = torch.randperm(int(source.chunk_shards[-1]) + 1, generator=generator).numpy()
-            chunks = np.argsort(ranks[source.chunk_shards], kind="stable")
-        else:
-            chunks = torch.randperm(len(chunks), generator=generator).numpy()
-    block_chunks, block_rows, filled, total = [0], [0], 0, 0
-    for position, size in enumerate(source.chunk_sizes[chunks].tolist()):
-        if filled and filled + size > block_size:
-            block_chunks.append(position)
-            block_rows.append(total)
-            filled = 0
-        filled += size
-        total += size
-    return EpochOrder(chunks, np.array([*block_chunks, len(chunks)]), np.array([*block_rows, total]))
-
-
 class StreamingImages(torch.utils.data.IterableDataset):
     """
     Endless, resumable stream of micro-batches of images; the loader of a training loop.
 
     Iterating yields this process' micro-batches from number `start_micro_batch` on, epoch after epoch. Each is a dict:
 
-    - `pixel_values` (`torch.Tensor`): float32 in `[-1, 1]`, of shape `(batch_size, 3, resolution, resolution)`.
+    - `images` (`torch.Tensor`): uint8 of shape `(batch_size, 3, resolution, resolution)`; [`to_pixel_values`] makes
+      floats in `[-1, 1]` of them, on the device.
     - `class_labels` (`torch.Tensor`): int64 of shape `(batch_size,)`, -1 for a missing label; absent if the source has
       no label column.
+    - `captions` (`list[str | None]`): `None` for a missing caption; absent if the source has no caption column.
     - `indices` (`torch.Tensor`): int64 of shape `(batch_size,)`, the position of each sample in the data set. Together
       with `epoch` it keys every further draw for the sample (mask, noise).
     - `replaced` (`torch.Tensor`): bool of shape `(batch_size,)`, `True` where a row could not be used (a corrupt
-      image, or no label although `require_labels`) and another row of the same block stands in for it. Sum it to
-      count them; each is logged as well.
+      image, or no label although `require_labels`) and another row of the same block stands in for it.
+    - `counts` (`torch.Tensor`): int64 of shape `(len(COUNT_NAMES),)`, how often which peculiarity of the rows was
+      dealt with; sum it over batches and processes and log it by [`describe_counts`].
     - `epoch` (`int`): The epoch, from 0.
 
     Use it through [`~StreamingImages.dataloader`], and do not let `accelerate` prepare that loader: it is sharded
     already. An epoch consists of whole global batches, so every process takes the same number of steps; the
     `num_dropped` rows left over (others in every epoch) are fewer than one global batch.
+
+    With several resolutions, all images of an optimizer step have the one that [`resolution_at`] draws for the step;
+    the samples, their order, crops and flips are the same as with one.
 
     The micro-batches are a function of `source`, `seed`, `batch_size`, `num_streams`, `block_size` and the global
     batch size. Keep `num_streams` fixed, at a common multiple of `world_size * num_workers`, to get the same run on
@@ -120,7 +61,7 @@ class StreamingImages(torch.utils.data.IterableDataset):
 
     Args:
         source ([`ImageSource`]): The data set, from [`open_images`].
-        resolution (`int`): Height and width in pixels.
+        resolution (`int` or `Sequence[int]`): Height and width in pixels; of several, one is drawn for every step.
         batch_size (`int`): Images of a micro-batch (per process and accumulation step).
         seed (`int`): Seed of the order, the crops and the flips.
         crop (`str`, *optional*, defaults to `"center"`): See [`ImageTransform`].
@@ -135,10 +76,13 @@ class StreamingImages(torch.utils.data.IterableDataset):
         num_streams (`int`, *optional*): Number of streams, a multiple of `world_size * max(1, num_workers)`, which is
             the default.
         start_micro_batch (`int`, *optional*, defaults to 0): Micro-batches this process has consumed since the start
-            of the run: its optimiser steps times `gradient_accumulation_steps`.
+            of the run: its optimizer steps times `gradient_accumulation_steps`.
         require_labels (`bool`, *optional*, defaults to `False`): Whether every sample needs a valid class.
+        resolution_weights (`Sequence[float]`, *optional*): Relative frequency of each resolution; by default all are
+            equally frequent.
 
     Attributes:
+        resolutions (`tuple[int, ...]`): The resolutions.
         micro_batches_per_epoch (`int`): Micro-batches of this process in an epoch.
         num_dropped (`int`): Rows that an epoch leaves out.
 
@@ -151,7 +95,7 @@ class StreamingImages(torch.utils.data.IterableDataset):
         self,
         source: ImageSource,
         *,
-        resolution: int,
+        resolution: int | Sequence[int],
         batch_size: int,
         seed: int,
         crop: str = "center",
@@ -165,11 +109,14 @@ class StreamingImages(torch.utils.data.IterableDataset):
         num_streams: int | None = None,
         start_micro_batch: int = 0,
         require_labels: bool = False,
+        resolution_weights: Sequence[float] | None = None,
     ):
         if not isinstance(source, ImageSource):
             raise ValueError(f"`source` must be an `ImageSource`, got {type(source)}: make one with `open_images`.")
         self.source = source
-        self.transform = ImageTransform(resolution, crop, random_flip)
+        self.resolutions = check_resolutions(resolution, resolution_weights)
+        self.resolution_weights = resolution_weights
+        self.transforms = {size: ImageTransform(size, crop, random_flip) for size in self.resolutions}
         self.batch_size = check_integer("batch_size", batch_size, 1)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"`seed` must be an integer, got {seed!r}.")
@@ -180,7 +127,7 @@ class StreamingImages(torch.utils.data.IterableDataset):
         self.rank = check_integer("rank", rank, 0)
         if rank >= world_size:
             raise ValueError(f"`rank` must be below `world_size={world_size}`, got {rank}.")
-        check_integer("gradient_accumulation_steps", gradient_accumulation_steps, 1)
+        self.gradient_accumulation_steps = check_integer("gradient_accumulation_steps", gradient_accumulation_steps, 1)
         self.num_workers = check_integer("num_workers", num_workers, 0)
         readers = world_size * max(1, num_workers)
         self.num_streams = check_integer("num_streams", readers if num_streams is None else num_streams, 1)
@@ -208,6 +155,8 @@ class StreamingImages(torch.utils.data.IterableDataset):
             )
         self.micro_batches_per_epoch = self.num_micro_batches // world_size
         self.num_dropped = source.num_rows - self.num_micro_batches * batch_size
+        self.warn = RowWarnings(logger, source.description)
+        self.slots: ImageSlots | None = None  # set in the workers of `dataloader`
         self.set_start(start_micro_batch)
 
     def set_start(self, micro_batch: int) -> None:
@@ -226,6 +175,11 @@ class StreamingImages(torch.utils.data.IterableDataset):
         """The epoch of this process' micro-batch `micro_batch`, counted from the start of the run."""
         return micro_batch // self.micro_batches_per_epoch
 
+    def resolution_of(self, micro_batch: int) -> int:
+        """The resolution of this process' micro-batch `micro_batch`, counted from the start of the run."""
+        step = micro_batch // self.gradient_accumulation_steps
+        return resolution_at(self.seed, step, self.resolutions, self.resolution_weights)
+
     def dataloader(self, pin_memory: bool = False, prefetch_factor: int | None = None) -> torch.utils.data.DataLoader:
         """
         A loader with this data set's number of workers that yields its micro-batches in order.
@@ -239,28 +193,24 @@ class StreamingImages(torch.utils.data.IterableDataset):
         Returns:
             `torch.utils.data.DataLoader`: The loader. Its iterator is endless.
         """
-        return torch.utils.data.DataLoader(
+        return SlotLoader(
             self,
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,
+            num_bytes=self.batch_size * 3 * max(self.resolutions) ** 2,
             # Only gives workers a base seed, which nothing reads; without it the global generator would be advanced.
             generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = torch.utils.data.get_worker_info()
-        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        if info is not None:
-            if num_workers != self.num_workers:
-                raise ValueError(
-                    f"The loader has {num_workers} workers, but this data set was made for "
-                    f"`num_workers={self.num_workers}`: use its `dataloader()`."
-                )
-            import fsspec
-
-            fsspec.asyn.reset_lock()  # a forked lock of a remote file system may be held for ever
+        worker, num_workers = enter_worker()
+        if num_workers not in (1, self.num_workers):
+            raise ValueError(
+                f"The loader has {num_workers} workers, but this data set was made for "
+                f"`num_workers={self.num_workers}`: use its `dataloader()`."
+            )
         number, epoch, order, streams = self.start_micro_batch + worker, None, None, {}
         while True:
             if epoch != self.epoch_of(number):
@@ -273,7 +223,12 @@ class StreamingImages(torch.utils.data.IterableDataset):
             if stream not in streams:
                 streams[stream] = _Stream(self, order, epoch)
             start = (stream * share + min(stream, extra) + turn) * self.batch_size
-            yield streams[stream].micro_batch(start)
+            resolution = self.resolution_of(number)
+            shape = (self.batch_size, 3, resolution, resolution)
+            images = torch.empty(shape, dtype=torch.uint8) if self.slots is None else self.slots.claim(worker, shape)
+            with reading(self.source.description):
+                batch = streams[stream].micro_batch(start, self.transforms[resolution], images)
+            yield batch if self.slots is None else self.slots.pack(batch, worker)
             if turn + 1 == share + (stream < extra):
                 del streams[stream]  # with its block
             number += num_workers
@@ -303,29 +258,22 @@ class _Stream:
             rows, indices = [rows[i] for i in permutation], [indices[i] for i in permutation]
         return rows, indices
 
-    def micro_batch(self, start: int) -> dict[str, Any]:
-        """The samples at positions `start`, `start + 1`, ... of the epoch's rows."""
-        images = self.images
-        pixel_values, labels, indices, replaced = [], [], [], []
+    def micro_batch(self, start: int, transform: ImageTransform, pixels: torch.Tensor) -> dict[str, Any]:
+        """The samples at positions `start`, `start + 1`, ... of the epoch's rows, their images put into `pixels`."""
+        images, replaced = self.images, []
+        builder = BatchBuilder(transform, images.source.columns, pixels)
         for position in range(start, start + images.batch_size):
             block = self.order.block_of(position)
             if block != self.block:
                 self.block, (self.rows, self.indices) = block, self.read_block(block)
             offset = position - int(self.order.block_rows[self.block])
             index = self.indices[offset]
-            image, label, stands_in = self.usable(offset)
-            generator = keyed_generator(images.seed, "augment", self.epoch, index)
-            pixel_values.append(images.transform(image, generator))
-            labels.append(label)
-            indices.append(index)
-            replaced.append(stands_in)
-        batch: dict[str, Any] = {"pixel_values": torch.stack(pixel_values)}
-        if images.source.columns.label is not None:
-            batch["class_labels"] = torch.tensor(labels, dtype=torch.int64)
-        batch["indices"] = torch.tensor(indices, dtype=torch.int64)
-        batch["replaced"] = torch.tensor(replaced, dtype=torch.bool)
-        batch["epoch"] = self.epoch
-        return batch
+            sample, problem = self.usable(offset)
+            builder.add(sample, index, keyed_generator(images.seed, "augment", self.epoch, index))
+            replaced.append(problem is not None)
+            if problem is not None:
+                builder.names.append(problem)
+        return builder.batch() | {"replaced": torch.tensor(replaced, dtype=torch.bool), "epoch": self.epoch}
 
     def candidates(self, offset: int) -> Iterator[tuple[Row, int]]:
         """The row at `offset` of the current block, the rows after it (round the block), then the next blocks."""
@@ -335,25 +283,26 @@ class _Stream:
         for i in range(1, self.order.num_blocks):
             yield from zip(*self.read_block((self.block + i) % self.order.num_blocks), strict=True)
 
-    def usable(self, offset: int) -> tuple[Any, int, bool]:
-        """Image and label of the row at `offset`, or of the first good row after it, and whether it is another."""
-        source, problem, index = self.images.source, None, self.indices[offset]
+    def usable(self, offset: int) -> tuple[Sample, str | None]:
+        """The row at `offset`, or the first good row after it with the count name of what is wrong with the former."""
+        source, index, problem, name = self.images.source, self.indices[offset], None, None
         for attempt, (row, candidate) in enumerate(self.candidates(offset)):
             if attempt == MAX_REPLACEMENT_ATTEMPTS:
                 break
             try:
-                image, label = source.decode(row)
-                if label >= 0 or not self.images.require_labels:
-                    if attempt:
-                        logger.warning(
-                            "Row %d of %s cannot be used (%s); row %d stands in for it in epoch %d.",
-                            index, source.description, problem, candidate, self.epoch,
-                        )  # fmt: skip
-                    return image, label, attempt > 0
-                error = ValueError(f"its label is {row[1]!r}")
-            except CorruptImageError as corrupt:
-                error = corrupt
-            problem = problem or error
+                sample = source.decode(row)
+            except CorruptImageError as error:
+                problem, name = problem or error, name or "corrupt"
+                continue
+            if sample.label < 0 and self.images.require_labels:
+                problem, name = problem or ValueError(f"its label is {row.label!r}"), name or "unlabeled"
+                continue
+            if problem is not None:
+                self.images.warn(
+                    f"Row {index} of {source.description} cannot be used ({problem}); row {candidate} stands in for "
+                    f"it in epoch {self.epoch}."
+                )
+            return sample, name
         raise ValueError(
             f"No usable row was found in {source.description} at and after row {index}. The first problem was: "
             f"{problem}. Check `image_column` and `label_column`, and whether the split has labels."

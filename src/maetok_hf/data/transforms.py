@@ -1,4 +1,7 @@
-"""From any PIL image to a tensor in [-1, 1]: the only colour conversion and the only crop code of the library."""
+"""From any PIL image to a tensor: the only color conversion and the only crop code of the library.
+
+Images stay 8-bit until they are on the device that uses them: [`to_pixel_values`] then makes them floats in [-1, 1].
+"""
 
 import math
 import struct
@@ -15,10 +18,21 @@ CROPS = ("center", "random")
 # 1 x 10000 strip until its short side fills the target would otherwise need gigabytes.
 MAX_ASPECT_RATIO = 16
 
+# Decoding an image with more pixels takes a good part of a second and of a gigabyte, which is worth a note.
+HUGE_PIXELS = 2**25
+
 # The released code's random crop takes between 0.8 and 1.0 of the short side.
 MIN_CROP_FRACTION = 0.8
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+# What a mode is counted as; one that is not named here is some other color space.
+_MODE_NAMES = {
+    **dict.fromkeys(("RGB", "RGBA", "RGBa", "RGBX")),
+    **dict.fromkeys(("1", "L", "LA", "La"), "grayscale"),
+    **dict.fromkeys(("P", "PA"), "palette"),
+    **dict.fromkeys(_SIXTEEN_BIT_MODES, "sixteen_bit"),
+    "CMYK": "cmyk",
+}
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -31,20 +45,27 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return image if orientation == 1 else PIL.ImageOps.exif_transpose(image)
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def convert_to_rgb(image: PIL.Image.Image) -> tuple[PIL.Image.Image, tuple[str, ...]]:
     """
-    Turn a PIL image of any mode into an upright 8-bit RGB image.
-
-    The EXIF orientation is applied. Transparency (an alpha channel or a transparent colour) is composited on white.
-    16-bit grey values are scaled to 8 bits; mode `I` is read as 16-bit data, because that is what decoders put there.
+    As [`to_rgb`], and says what was unusual.
 
     Args:
         image (`PIL.Image.Image`): An image of any mode and size.
 
     Returns:
-        `PIL.Image.Image`: An image of mode `RGB`.
+        `tuple[PIL.Image.Image, tuple[str, ...]]`: An image of mode `RGB`, and the names of `COUNT_NAMES` for what had
+        to be done to it.
     """
-    image = _upright(image)
+    names = []
+    upright = _upright(image)
+    if upright is not image:
+        image = upright
+        names.append("rotated")
+    mode_name = _MODE_NAMES.get(image.mode, "other_mode")
+    if mode_name is not None:
+        names.append(mode_name)
+    if image.width * image.height > HUGE_PIXELS:
+        names.append("huge")
     if image.mode in _SIXTEEN_BIT_MODES:
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         image = PIL.Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
@@ -52,16 +73,52 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         # PIL has no direct conversion from LAB; littlecms is a part of PIL's wheels.
         from PIL import ImageCms
 
-        return ImageCms.profileToProfile(
+        image = ImageCms.profileToProfile(
             image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
     elif image.mode in ("La", "RGBa"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     if image.has_transparency_data:
+        names.append("transparent")
         image = image.convert("RGBA")
         background = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = PIL.Image.alpha_composite(background, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB"), tuple(names)
+
+
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """
+    Turn a PIL image of any mode into an upright 8-bit RGB image.
+
+    The EXIF orientation is applied. Transparency (an alpha channel or a transparent color) is composited on white.
+    16-bit gray values are scaled to 8 bits; mode `I` is read as 16-bit data, because that is what decoders put there.
+
+    Args:
+        image (`PIL.Image.Image`): An image of any mode and size.
+
+    Returns:
+        `PIL.Image.Image`: An image of mode `RGB`.
+    """
+    return convert_to_rgb(image)[0]
+
+
+def size_names(size: tuple[int, int], resolution: int) -> tuple[str, ...]:
+    """
+    What [`ImageTransform`] has to do to an image because of its size.
+
+    Args:
+        size (`tuple[int, int]`): Width and height of the image.
+        resolution (`int`): Height and width it is brought to.
+
+    Returns:
+        `tuple[str, ...]`: Names of `COUNT_NAMES`.
+    """
+    names = []
+    if min(size) < resolution:
+        names.append("enlarged")
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        names.append("elongated")
+    return tuple(names)
 
 
 def _limit_aspect_ratio(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -71,6 +128,15 @@ def _limit_aspect_ratio(image: PIL.Image.Image) -> PIL.Image.Image:
         return image
     left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
     return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
+def _halved(image: PIL.Image.Image, size: int) -> tuple[PIL.Image.Image, tuple[int, int]]:
+    """The image before the last step of resizing, and the size it gets in that step."""
+    image = _limit_aspect_ratio(image)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=PIL.Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image, (round(image.width * scale), round(image.height * scale))
 
 
 def resize_short_side(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
@@ -85,24 +151,31 @@ def resize_short_side(image: PIL.Image.Image, size: int) -> PIL.Image.Image:
     Returns:
         `PIL.Image.Image`: The resized image.
     """
-    image = _limit_aspect_ratio(image)
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=PIL.Image.Resampling.BOX)
-    scale = size / min(image.size)
-    new_size = (round(image.width * scale), round(image.height * scale))
+    image, new_size = _halved(image, size)
     return image if new_size == image.size else image.resize(new_size, resample=PIL.Image.Resampling.BICUBIC)
 
 
-def image_to_tensor(image: PIL.Image.Image) -> torch.Tensor:
+def to_pixel_values(
+    images: torch.Tensor, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """
+    Make the floats that models take from 8-bit images: `x / 127.5 - 1`. The 8-bit images are what is moved to the
+    device, a quarter of the bytes, and without waiting if they are in pinned memory.
+
     Args:
-        image (`PIL.Image.Image`): An image of mode `RGB`, `width` x `height`.
+        images (`torch.Tensor`): uint8, of any shape, such as the `images` of a batch.
+        device (`torch.device` or `str`, *optional*): Where the result shall be; by default where `images` are.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Type of the result; computed in float32.
 
     Returns:
-        `torch.Tensor`: `x / 127.5 - 1` as float32 in `[-1, 1]`, of shape `(3, height, width)`.
+        `torch.Tensor`: In `[-1, 1]`, of the shape of `images`.
+
+    Raises:
+        ValueError: If `images` are not uint8.
     """
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"`images` must be uint8 in [0, 255], got {images.dtype}: pass them as they were loaded.")
+    return images.to(device=device, non_blocking=True).to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
 
 
 class ImageTransform:
@@ -150,20 +223,60 @@ class ImageTransform:
         Raises:
             ValueError: If the transform is random and no generator is given.
         """
+        return to_pixel_values(self.to_uint8(image, generator))
+
+    def to_uint8(self, image: PIL.Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
+        """
+        The 8-bit pixels that a call makes floats of.
+
+        Args:
+            image (`PIL.Image.Image`): An image of any mode and size; see [`to_rgb`].
+            generator (`torch.Generator`, *optional*): Source of the draws. Needed for a random crop or flip.
+
+        Returns:
+            `torch.Tensor`: uint8 in `[0, 255]`, of shape `(3, resolution, resolution)`.
+
+        Raises:
+            ValueError: If the transform is random and no generator is given.
+        """
+        pixels = torch.empty(3, self.resolution, self.resolution, dtype=torch.uint8)
+        self.write(image, pixels, generator)
+        return pixels
+
+    def write(self, image: PIL.Image.Image, out: torch.Tensor, generator: torch.Generator | None = None) -> None:
+        """
+        As [`~ImageTransform.to_uint8`], into a given place.
+
+        Args:
+            image (`PIL.Image.Image`): An image of any mode and size; see [`to_rgb`].
+            out (`torch.Tensor`): uint8 of shape `(3, resolution, resolution)`, contiguous.
+            generator (`torch.Generator`, *optional*): Source of the draws. Needed for a random crop or flip.
+
+        Raises:
+            ValueError: If the transform is random and no generator is given.
+        """
         if self.is_random and generator is None:
             raise ValueError(f"{self} draws random numbers: pass `generator`, for example from `keyed_generator`.")
-        image = to_rgb(image)
         # The number and order of the draws is fixed, so that switching the flip off leaves the crops unchanged.
         draws = torch.rand(4, generator=generator).tolist() if self.is_random else [0.0] * 4
+        short_side = self.resolution
         if self.crop == "random":
             largest = math.ceil(self.resolution / MIN_CROP_FRACTION)
-            image = resize_short_side(image, self.resolution + int(draws[0] * (largest - self.resolution + 1)))
-            left = int(draws[1] * (image.width - self.resolution + 1))
-            top = int(draws[2] * (image.height - self.resolution + 1))
+            short_side += int(draws[0] * (largest - self.resolution + 1))
+        image, (width, height) = _halved(to_rgb(image), short_side)
+        if self.crop == "random":
+            left = int(draws[1] * (width - self.resolution + 1))
+            top = int(draws[2] * (height - self.resolution + 1))
         else:
-            image = resize_short_side(image, self.resolution)
-            left, top = (image.width - self.resolution) // 2, (image.height - self.resolution) // 2
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+            left, top = (width - self.resolution) // 2, (height - self.resolution) // 2
+        # PIL resizes the rows first and then the columns. In two steps that gives the same pixels, without computing
+        # columns that are cut off.
+        image = image.resize((width, image.height), resample=PIL.Image.Resampling.BICUBIC)
+        image = image.crop((left, 0, left + self.resolution, image.height))
+        image = image.resize((self.resolution, height), resample=PIL.Image.Resampling.BICUBIC)
+        image = image.crop((0, top, self.resolution, top + self.resolution))
         if self.random_flip and draws[3] < 0.5:
             image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
-        return image_to_tensor(image)
+        for channel, plane in zip("RGB", out.numpy(), strict=True):
+            # One channel at a time takes a quarter of the time of an interleaved array that is then transposed.
+            plane[:] = np.frombuffer(image.tobytes("raw", channel), dtype=np.uint8).reshape(plane.shape)

@@ -1,40 +1,69 @@
 """Checkpoints that are complete or absent, and runs that continue exactly or refuse to.
 
 A checkpoint is written under a temporary name in the folder where it will stay, flushed to the disk, and only then
-renamed to `checkpoint-<step>`; the rename is the moment at which it exists. Optimisers and the gradient scaler go
-through accelerate; models are saved by `save_pretrained` into subfolders, so that a checkpoint's tokenizer or
-transformer (and its moving average, `<name>_ema`) can be loaded like any other. No random state is needed for an exact
-continuation, since every draw is keyed by the step, and the position in the data follows from the step as well.
+renamed to `checkpoint-<step>`; the rename is the moment at which it exists. Models are saved by `save_pretrained` into
+subfolders, so that a checkpoint's tokenizer or transformer (and its moving average, `<name>_ema`) can be loaded like
+any other; everything is saved whole, however it was sharded in training. No random state is needed for an exact
+continuation, since every draw is keyed by the step, and the position in the data follows from the step as well; those
+of the processes are saved all the same, by accelerate.
 """
 
 import hashlib
 import json
 import os
-import re
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
+from accelerate.utils import DistributedType
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-
-STATE_FILE = "trainer_state.json"
-# Settings that change how long a run is or what is measured at its end, not the states it passes through. A cosine
-# schedule depends on `max_train_steps`, but prolonging a run is the ordinary reason to resume a finished one.
-CHANGEABLE_SETTINGS = frozenset(
-    {"recipe.max_train_steps", "recipe.latent_statistics", "recipe.latent_statistics_images"}
+from .disk_space import check_disk_space, checkpoint_size
+from .resumption import (
+    STATE_FILE,
+    check_identity,
+    complete_checkpoints,
+    find_checkpoint,
+    remove_partial_checkpoints,
 )
+from .sharding import (
+    gather_optimizer_state,
+    gather_tensors,
+    load_optimizer_state,
+    load_tensors,
+    named_averages,
+    whole_copy,
+)
+
+
+SCALER_FILE = "scaler.pt"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the previous one is intact."""
+
+
+class ResumedState(NamedTuple):
+    """
+    Where a run continues.
+
+    Attributes:
+        step (`int`): Optimisation steps done.
+        training_seconds (`float`): Seconds spent on them.
+        extra (`dict[str, Any]`): What was given to [`~Checkpointer.save`]; empty for a new run.
+    """
+
+    step: int
+    training_seconds: float
+    extra: dict[str, Any]
 
 
 class Checkpointer:
@@ -45,7 +74,7 @@ class Checkpointer:
 
     Args:
         accelerator (`Accelerator`):
-            It must hold the prepared optimiser; its registered hooks are extended.
+            It must hold the prepared optimisers, all of which are saved, in the order of their preparation.
         output_dir (`str` or `Path`):
             Folder of the checkpoints, on a file system that all processes share.
         identity (`Mapping[str, Any]`):
@@ -54,7 +83,7 @@ class Checkpointer:
         models (`Mapping[str, ModelMixin]`):
             The models to save, unwrapped, by subfolder name.
         ema (`Mapping[str, EMAModel]`):
-            Moving averages of some or all of `models`, under the same names.
+            Moving averages of some or all of `models`, under the same names, made after `accelerator.prepare`.
         modules (`Mapping[str, torch.nn.Module]`, *optional*):
             Further trained modules that are no `ModelMixin`, such as auxiliary decoders; their state is saved as
             `<name>.safetensors`.
@@ -85,34 +114,73 @@ class Checkpointer:
         self.ema = dict(ema)
         self.modules = dict(modules or {})
         self.total_limit = total_limit
-        accelerator.register_save_state_pre_hook(self._save_models)
-        accelerator.register_load_state_pre_hook(self._load_models)
+        self._is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
 
-    def save(self, step: int, training_seconds: float) -> None:
+    def check_disk_space(self) -> None:
+        """
+        Ask before the first step whether checkpoints will fit into `output_dir`; warn if not all that are to be kept.
+
+        Raises:
+            ValueError: On every process, if not even one more fits.
+        """
+        size = checkpoint_size([*self.models.values(), *self.modules.values()], self.ema.values())
+        free = shutil.disk_usage(self.output_dir).free if self.accelerator.is_main_process else 0
+        # one measurement for all, so that no process starts alone
+        free = self.accelerator.gather(torch.tensor([free], device=self.accelerator.device))[0].item()
+        existing = len(complete_checkpoints(self.output_dir))
+        check_disk_space(str(self.output_dir), free, size, self.total_limit, existing)
+
+    def save(
+        self,
+        step: int,
+        training_seconds: float,
+        extra: Mapping[str, Any] | None = None,
+        configs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """
         Write `checkpoint-<step>`, then remove the oldest ones beyond the limit.
 
         Args:
             step (`int`): Optimisation steps done.
             training_seconds (`float`): Time spent on them, over all resumptions.
+            extra (`Mapping[str, Any]`, *optional*): Further small state in plain types, such as counts; `load` gives
+                it back.
+            configs (`Mapping[str, Mapping[str, Any]]`, *optional*): Config values to write into model folders, by the
+                folder's name (`<name>` or `<name>_ema`), such as statistics of the latents of these very weights. The
+                models in training keep their config.
 
         Raises:
+            ValueError: If `configs` names a folder that is not written.
             CheckpointError: On every process, if any process failed, for example on a full disk.
         """
+        configs = dict(configs or {})
+        folders = {*self.models, *(f"{name}_ema" for name in self.ema)}
+        if not configs.keys() <= folders:
+            raise ValueError(
+                f"`configs` names {sorted(configs.keys() - folders)}, but the model folders are {sorted(folders)}."
+            )
         final = self.output_dir / f"checkpoint-{step}"
-        partial = self.output_dir / f".checkpoint-{step}.partial"
+        unfinished = self.output_dir / f".checkpoint-{step}.partial"
         if (final / STATE_FILE).is_file():
             return  # the states of a run are determined by its identity, so this is the same checkpoint
-        state = {"step": step, "training_seconds": training_seconds, "identity": self.identity}
-        self._on_main_process(lambda: _fresh_folder(partial), final, partial)
-        self._on_all_processes(lambda: self._write(partial), final, partial)
-        self._on_main_process(lambda: _complete(partial, final, state), final, partial)
+        state = {
+            "step": step,
+            "training_seconds": training_seconds,
+            "extra": dict(extra or {}),
+            "ema_steps": {name: ema.optimization_step for name, ema in self.ema.items()},
+            "identity": self.identity,
+        }
+        self._on_main_process(lambda: _fresh_folder(unfinished), final, unfinished)
+        for write in self._gathered(unfinished, configs):
+            self._on_main_process(write, final, unfinished)
+        self._on_all_processes(lambda: self._write_own(unfinished), final, unfinished)
+        self._on_main_process(lambda: _complete(unfinished, final, state), final, unfinished)
         if self.accelerator.is_main_process:
             for old in complete_checkpoints(self.output_dir)[: -self.total_limit]:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def load(self, resume_from: str) -> tuple[int, float]:
+    def load(self, resume_from: str) -> ResumedState:
         """
         Continue from a checkpoint.
 
@@ -120,7 +188,8 @@ class Checkpointer:
             resume_from (`str`): `"latest"`, `"none"`, or the path of a checkpoint.
 
         Returns:
-            `tuple[int, float]`: Optimisation steps done and seconds spent on them, zeros for a new run.
+            [`ResumedState`]: Optimisation steps done, seconds spent on them, and the `extra` state of the checkpoint;
+            zeros and nothing for a new run.
 
         Raises:
             ValueError: If the checkpoint does not exist or is incomplete, if it belongs to another run (the message
@@ -129,52 +198,71 @@ class Checkpointer:
         self._on_main_process(lambda: remove_partial_checkpoints(self.output_dir), self.output_dir, None)
         path = find_checkpoint(self.output_dir, resume_from)
         if path is None:
-            return 0, 0.0
+            return ResumedState(0, 0.0, {})
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         check_identity(path, state["identity"], self.identity)
-        self.accelerator.load_state(str(path))
+        if self._is_deepspeed:
+            self.accelerator.load_state(str(path))
+        else:
+            self._load_trained(path)
+        for name, ema in self.ema.items():
+            average = type(self.models[name]).from_pretrained(path / f"{name}_ema")
+            load_tensors(named_averages(self.models[name], ema), dict(average.named_parameters()))
+            ema.optimization_step = state["ema_steps"][name]
         # Accelerate counts micro-batches; a checkpoint lies between steps whatever the accumulation was.
         self.accelerator.step = 0
-        for ema in self.ema.values():
-            ema.optimization_step = state["step"]
-        return state["step"], state["training_seconds"]
+        return ResumedState(state["step"], state["training_seconds"], state["extra"])
 
-    def _write(self, partial: Path) -> None:
-        if not partial.is_dir():
-            raise OSError(f"process {self.accelerator.process_index} does not see {partial}: it needs a shared folder")
-        self.accelerator.save_state(str(partial))
-        if self.accelerator.is_local_main_process:
-            flush_to_disk(partial)
+    def _gathered(self, folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
+        """
+        What the main process has to write, one file or subfolder at a time.
 
-    def _save_models(self, models: list, weights: list, output_dir: str) -> None:
-        # Emptied on every process: accelerate would save the wrapped modules beside our folders.
-        weights.clear()
-        if not self.accelerator.is_main_process:
+        Advancing the iterator gathers, which all processes do together; calling what it yields writes, and may fail.
+        """
+        keep = self.accelerator.is_main_process
+        for name, model in self.models.items():
+            copy = whole_copy(model, keep=keep)
+            yield partial(_save_model, copy, folder / name, configs.get(name, {}))
+            if name in self.ema:
+                copy = whole_copy(model, self.ema[name], keep=keep)
+                yield partial(_save_model, copy, folder / f"{name}_ema", configs.get(f"{name}_ema", {}))
+        for name, module in self.modules.items():
+            yield partial(save_file, gather_tensors(module.state_dict(), keep=keep), folder / f"{name}.safetensors")
+        if self._is_deepspeed:
             return
+        for number, optimizer in enumerate(self.accelerator._optimizers):
+            yield partial(torch.save, gather_optimizer_state(optimizer, keep), folder / _optimizer_file(number))
+        if self.accelerator.scaler is not None:
+            yield partial(torch.save, self.accelerator.scaler.state_dict(), folder / SCALER_FILE)
+
+    def _write_own(self, folder: Path) -> None:
+        """What every process writes for itself."""
+        index = self.accelerator.process_index
+        if not folder.is_dir():
+            raise OSError(f"process {index} does not see {folder}: it needs a shared file system")
+        if self._is_deepspeed:
+            self.accelerator.save_state(str(folder))
+        else:
+            save_accelerator_state(str(folder), [], [], [], [], index, step=0)
+        if self.accelerator.is_local_main_process:
+            flush_to_disk(folder)
+
+    def _load_trained(self, path: Path) -> None:
         for name, model in self.models.items():
-            model.save_pretrained(os.path.join(output_dir, name))
-            if name in self.ema:
-                save_ema(self.ema[name], model, os.path.join(output_dir, f"{name}_ema"))
+            load_tensors(model.state_dict(), type(model).from_pretrained(path / name).state_dict())
         for name, module in self.modules.items():
-            tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
-            save_file(tensors, os.path.join(output_dir, f"{name}.safetensors"))
+            load_tensors(module.state_dict(), load_file(path / f"{name}.safetensors"))
+        for number, optimizer in enumerate(self.accelerator._optimizers):
+            state = torch.load(path / _optimizer_file(number), map_location="cpu", weights_only=True)
+            load_optimizer_state(optimizer, state)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(torch.load(path / SCALER_FILE, weights_only=True))
+        load_accelerator_state(str(path), [], [], [], [], self.accelerator.process_index)
 
-    def _load_models(self, models: list, input_dir: str) -> None:
-        models.clear()
-        for name, model in self.models.items():
-            model.load_state_dict(type(model).from_pretrained(os.path.join(input_dir, name)).state_dict())
-            if name in self.ema:
-                average = type(model).from_pretrained(os.path.join(input_dir, f"{name}_ema"))
-                with torch.no_grad():
-                    for shadow, parameter in zip(self.ema[name].shadow_params, average.parameters(), strict=True):
-                        shadow.copy_(parameter)
-        for name, module in self.modules.items():
-            module.load_state_dict(load_file(os.path.join(input_dir, f"{name}.safetensors")))
+    def _on_main_process(self, action: Callable[[], None], final: Path, unfinished: Path | None) -> None:
+        self._on_all_processes(action if self.accelerator.is_main_process else lambda: None, final, unfinished)
 
-    def _on_main_process(self, action: Callable[[], None], final: Path, partial: Path | None) -> None:
-        self._on_all_processes(action if self.accelerator.is_main_process else lambda: None, final, partial)
-
-    def _on_all_processes(self, action: Callable[[], None], final: Path, partial: Path | None) -> None:
+    def _on_all_processes(self, action: Callable[[], None], final: Path, unfinished: Path | None) -> None:
         """Run `action` and fail together: a process that goes on alone would wait forever for the others."""
         error = None
         try:
@@ -184,99 +272,13 @@ class Checkpointer:
         failures = self.accelerator.gather(torch.tensor([error is not None], device=self.accelerator.device))
         if not failures.any():
             return
-        if partial is not None and self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+        if unfinished is not None and self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
         ranks = failures.nonzero().flatten().tolist()
         raise CheckpointError(
             f"{final} could not be written (process {', '.join(map(str, ranks))}: {error or 'see its own message'}). "
             "Earlier checkpoints are intact: make room or fix the folder, then run the same command again."
         ) from error
-
-
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first; folders without a state file do not count."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / STATE_FILE).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
-
-
-def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path | None:
-    """
-    The checkpoint to continue from.
-
-    Args:
-        output_dir (`str` or `Path`): Folder of the run.
-        resume_from (`str`): `"latest"`, `"none"`, or a path (a bare `checkpoint-<step>` is looked up in `output_dir`).
-
-    Returns:
-        `Path` or `None`: `None` for a new run.
-
-    Raises:
-        ValueError: If the path is no complete checkpoint, if newer checkpoints lie beside it, or if a new run is asked
-            for in a folder that has checkpoints.
-    """
-    output_dir = Path(output_dir)
-    existing = complete_checkpoints(output_dir)
-    if resume_from == "latest":
-        return existing[-1] if existing else None
-    if resume_from == "none":
-        if existing:
-            raise ValueError(
-                f"`output_dir` {output_dir} has checkpoints of an earlier run ({existing[-1].name}): resume it with "
-                "`--resume_from_checkpoint latest`, or choose another folder."
-            )
-        return None
-    path = Path(resume_from)
-    if not path.is_dir() and (output_dir / resume_from).is_dir():
-        path = output_dir / resume_from
-    if not (path / STATE_FILE).is_file():
-        raise ValueError(
-            f"`resume_from_checkpoint` {resume_from!r} is not a complete checkpoint (it has no {STATE_FILE}). "
-            f"Complete ones in {output_dir}: {', '.join(item.name for item in existing) or 'none'}."
-        )
-    step = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["step"]
-    newer = [item.name for item in existing if int(item.name.removeprefix("checkpoint-")) > step]
-    if newer:
-        raise ValueError(
-            f"`resume_from_checkpoint` {resume_from!r} is at step {step}, but {output_dir} also has "
-            f"{', '.join(newer)}: remove those, or continue in another `output_dir`."
-        )
-    return path
-
-
-def check_identity(path: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """
-    Refuse to continue a run with other settings.
-
-    Args:
-        path (`Path`): The checkpoint, for the message.
-        recorded (`Mapping[str, Any]`): Identity in the checkpoint.
-        current (`Mapping[str, Any]`): Identity of this run.
-
-    Raises:
-        ValueError: If a setting differs, unless it is one of `CHANGEABLE_SETTINGS`.
-    """
-    old, new = _flatten(recorded), _flatten(current)
-    changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
-    refused = sorted(changed - CHANGEABLE_SETTINGS)
-    if refused:
-        lines = "\n".join(f"  {name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in refused)
-        raise ValueError(
-            f"{path} belongs to a run with other settings:\n{lines}\n"
-            "Use the same settings, or choose another `output_dir` for a new run."
-        )
-    for name in sorted(changed):
-        warnings.warn(f"{name} is {new[name]} now and was {old[name]} in {path}.", stacklevel=2)
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def data_identity(source: Any) -> dict[str, Any]:
@@ -292,11 +294,11 @@ def data_identity(source: Any) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     for table in (source.chunk_shards, source.chunk_sizes):
         digest.update(np.ascontiguousarray(table, dtype=np.int64).tobytes())
-    for image, label in source.read_chunk(0):
+    for image, *others in source.read_chunk(0):
         if isinstance(image, Mapping):
             # A path says where a file lies on this machine; its name is enough where the bytes are not at hand.
             image = image.get("bytes") or os.path.basename(image.get("path") or "")
-        digest.update(repr((image, label)).encode())
+        digest.update(repr((image, *others)).encode())
     classes = list(source.columns.class_names or [])
     return {"num_rows": int(source.num_rows), "classes": classes, "digest": digest.hexdigest()}
 
@@ -311,24 +313,14 @@ def model_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def remove_partial_checkpoints(output_dir: str | Path) -> None:
-    """Remove what interrupted saves left behind."""
-    for path in Path(output_dir).glob(".*.partial"):
-        shutil.rmtree(path)
+def _save_model(model: ModelMixin, path: Path, config: Mapping[str, Any]) -> None:
+    model.register_to_config(**config)
+    model.save_pretrained(path)
 
 
-def save_ema(ema: EMAModel, model: ModelMixin, path: str | Path) -> None:
-    """
-    Save a model with its averaged weights, leaving the model as it was.
-
-    `EMAModel.save_pretrained` would also write its counters into the model's config.
-    """
-    ema.store(model.parameters())
-    try:
-        ema.copy_to(model.parameters())
-        model.save_pretrained(path)
-    finally:
-        ema.restore(model.parameters())
+def _optimizer_file(number: int) -> str:
+    """The name that accelerate gives to the file of an optimiser."""
+    return f"optimizer_{number}.bin" if number else "optimizer.bin"
 
 
 def export(output_dir: str | Path, write: Callable[[Path], None]) -> None:

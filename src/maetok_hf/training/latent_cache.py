@@ -89,13 +89,14 @@ class LatentCache:
 
         Args:
             folder (`str` or `Path`): The cache.
-            batches (`Iterable[Mapping[str, torch.Tensor]]`): Batches with `pixel_values`, `class_labels`, `indices`.
-            encode (`Callable[[torch.Tensor], torch.Tensor]`): Images to normalised latents.
+            batches (`Iterable[Mapping[str, torch.Tensor]]`): Batches of [`~maetok_hf.data.HeldOutImages`], with
+                `images` (uint8), `class_labels` and `indices`.
+            encode (`Callable[[torch.Tensor], torch.Tensor]`): 8-bit images to normalised latents.
         """
         latents = np.load(_partial(folder) / "latents.npy", mmap_mode="r+")
         labels = np.load(_partial(folder) / "labels.npy", mmap_mode="r+")
         for batch in batches:
-            rows, images = batch["indices"].numpy(), batch["pixel_values"]
+            rows, images = batch["indices"].numpy(), batch["images"]
             for view in range(latents.shape[0]):
                 encoded = encode(images if view == 0 else images.flip(-1))
                 latents[view, rows] = encoded.float().cpu().numpy()

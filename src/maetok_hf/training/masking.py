@@ -11,6 +11,7 @@ from .draws import draw_rows
 
 # below this probability the inverse CDF between the bounds has lost its digits in float64
 _MIN_TRUNCATED_MASS = 1e-9
+MASK_RATIO_DENSITIES = ("truncated_normal", "uniform")
 
 
 def _check_ratio(name: str, value: float) -> None:
@@ -24,9 +25,10 @@ def sample_mask_ratio(
     std: float = 0.25,
     low: float = 0.4,
     high: float = 0.6,
+    density: str = "truncated_normal",
 ) -> float:
     """
-    Draw the mask ratio of a step from a normal distribution truncated to `[low, high]`.
+    Draw the mask ratio of a step from `[low, high]`.
 
     The draw is an inverse CDF of exactly one uniform number whatever the arguments, so changing the bounds never
     shifts the draws that follow in the same stream.
@@ -37,14 +39,18 @@ def sample_mask_ratio(
         std (`float`, *optional*, defaults to 0.25): Standard deviation of the normal before truncation.
         low (`float`, *optional*, defaults to 0.4): Smallest ratio.
         high (`float`, *optional*, defaults to 0.6): Largest ratio; equal to `low` for a fixed ratio.
+        density (`str`, *optional*, defaults to `"truncated_normal"`): A normal truncated to the bounds (the released
+            code), or `"uniform"` between them, for which `mean` and `std` do not matter (the paper names the bounds).
 
     Returns:
         `float`: Fraction of the patches to mask, in `[low, high]`.
 
     Raises:
-        ValueError: If the bounds are reversed or outside `[0, 1]`, if `std` is not positive, or if the normal has
-            practically no mass between the bounds.
+        ValueError: If the bounds are reversed or outside `[0, 1]`, if `std` is not positive, if the normal has
+            practically no mass between the bounds, or if `density` is unknown.
     """
+    if density not in MASK_RATIO_DENSITIES:
+        raise ValueError(f"`density` must be one of {', '.join(map(repr, MASK_RATIO_DENSITIES))}, got {density!r}.")
     _check_ratio("low", low)
     _check_ratio("high", high)
     if low > high:
@@ -54,6 +60,8 @@ def sample_mask_ratio(
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
     if low == high:
         return float(low)
+    if density == "uniform":
+        return min(low + (high - low) * uniform.item(), high)
 
     bounds = (torch.tensor([low, high], dtype=torch.float64) - mean) / std
     cdf_low, cdf_high = torch.special.ndtr(bounds)
@@ -123,6 +131,7 @@ def sample_step_mask_ratio(
     std: float = 0.25,
     low: float = 0.4,
     high: float = 0.6,
+    density: str = "truncated_normal",
 ) -> float:
     """
     The one mask ratio of a step, keyed by `(seed, "mask_ratio", step)`: equal in every process and micro-batch.
@@ -130,15 +139,15 @@ def sample_step_mask_ratio(
     Args:
         seed (`int`): Seed of the run.
         step (`int`): Optimiser step.
-        mean, std, low, high (`float`, *optional*): The truncated normal of [`sample_mask_ratio`].
+        mean, std, low, high, density (*optional*): See [`sample_mask_ratio`].
 
     Returns:
         `float`: A ratio in `[low, high]`.
 
     Raises:
-        ValueError: If the bounds or the standard deviation are no truncated normal's.
+        ValueError: As [`sample_mask_ratio`] does.
     """
-    return sample_mask_ratio(keyed_generator(seed, "mask_ratio", step), mean, std, low, high)
+    return sample_mask_ratio(keyed_generator(seed, "mask_ratio", step), mean, std, low, high, density)
 
 
 def sample_masks(

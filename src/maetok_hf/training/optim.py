@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
+
+from .sharding import ShardedEMAModel
 
 
 LR_SCHEDULES = ("constant", "cosine")
@@ -131,21 +132,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
             group["lr"] = learning_rate
 
 
-def create_ema(model: nn.Module, decay: float = 0.9999) -> EMAModel:
+def create_ema(model: nn.Module, decay: float = 0.9999) -> ShardedEMAModel:
     """
     Moving average of a diffusers model at a constant decay, as MAETok and SiT train (their decay is 0.9999).
 
     It is diffusers' `EMAModel`, whose state holds lists of tensors and plain numbers and which averages frozen
     parameters by copying them, so a frozen encoder stays bit-identical; `torch.optim.swa_utils` would deep-copy the
     whole module instead. Its default decay warms up over thousands of steps, which `min_decay` turns off; only its
-    first update copies the weights. Move it to the device of the model with its `.to()`.
+    first update copies the weights. It lies where the model does, in pieces if the model is sharded, so create it
+    after `accelerator.prepare`. It is in float32 whatever the model is: in bfloat16, an update at this decay would be
+    rounded away.
 
     Args:
         model (`ModelMixin`): The tokenizer or the transformer, without the objective around it.
         decay (`float`, *optional*, defaults to 0.9999): Weight of the past in each update, in `[0, 1)`.
 
     Returns:
-        `EMAModel`: Its `step(model.parameters())` belongs after each optimiser step.
+        [`~maetok_hf.training.sharding.ShardedEMAModel`]: Its `step(model.parameters())` belongs after each optimiser
+        step.
 
     Raises:
         ValueError: If `decay` is outside `[0, 1)`.
@@ -153,7 +157,7 @@ def create_ema(model: nn.Module, decay: float = 0.9999) -> EMAModel:
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
     decay = float(decay)
-    return EMAModel(
+    ema = ShardedEMAModel(
         model.parameters(),
         decay=decay,
         min_decay=decay,
@@ -161,3 +165,5 @@ def create_ema(model: nn.Module, decay: float = 0.9999) -> EMAModel:
         model_cls=type(model),
         model_config=model.config,
     )
+    ema.to(dtype=torch.float32)
+    return ema

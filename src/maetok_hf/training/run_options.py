@@ -100,30 +100,74 @@ class TokenizerRunOptions(RunOptions):
     Options of `train_maetok.py`.
 
     Args:
+        dataset_name (`str`, *optional*, defaults to `"ILSVRC/imagenet-1k"`):
+            Hub repository or local folder of images, as `datasets.load_dataset` takes it.
+        caption_column (`str`, *optional*):
+            Column with the captions, for the auxiliary target `"text"`; required with it and not accepted without.
         pretrained_model_name_or_path (`str`, *optional*):
             Trained tokenizer (folder or Hub repository) to start from: required by the stage `"decoder_finetuning"`,
             not accepted by `"mask_modelling"`, whose recipe describes the model.
         validation_split (`str`, *optional*):
-            Held-out split on which the result is measured; without it nothing held out is measured.
+            Held-out split on which reconstructions are measured; without it nothing held out is measured.
         num_validation_images (`int`, *optional*):
             Images of the held-out split that are measured, the first ones; 500 by default, or all if it has fewer.
+        validation_steps (`int`, *optional*):
+            Steps between measurements of the moving average on the held-out images, with a picture of some; by default
+            they are measured at the end only.
+        checkpoint_statistics_images (`int`, *optional*, defaults to 1024):
+            Training images on which the latents' mean and standard deviation are measured for every checkpoint, or all
+            if there are fewer; the final export uses the recipe's `latent_statistics_images`.
+        max_skipped_steps (`int`, *optional*, defaults to 20):
+            A step whose gradient is not finite is skipped; after this many in a row the run stops.
+        torch_compile (`bool`, *optional*, defaults to `False`):
+            Compile the transformer blocks of the tokenizer, and of its auxiliary decoders, with `torch.compile`.
+        report_to (`str`, *optional*, defaults to `"tensorboard"`):
+            Tracker of losses and pictures: `"tensorboard"`, `"wandb"`, `"trackio"`, or `"none"`; `training_log.jsonl`
+            is written in any case.
+        tracker_project_name (`str`, *optional*, defaults to `"maetok_hf"`):
+            Project under which the tracker keeps the run.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Upload the moving average with its card to the Hub at every checkpoint, in the background, and at the end.
+        hub_model_id (`str`, *optional*):
+            Hub repository of the upload; by default the name of `output_dir`, in the user's own namespace.
+        hub_private_repo (`bool`, *optional*, defaults to `False`):
+            Make that repository private when it is created.
     """
 
+    dataset_name: str = "ILSVRC/imagenet-1k"
+    caption_column: str | None = None
     pretrained_model_name_or_path: str | None = None
     validation_split: str | None = None
     num_validation_images: int | None = None
+    validation_steps: int | None = None
+    checkpoint_statistics_images: int = 1024
+    max_skipped_steps: int = 20
+    torch_compile: bool = False
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    tracker_project_name: str = "maetok_hf"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_validation_images is None:
-            return
-        if self.num_validation_images < 1:
-            raise ValueError(f"`num_validation_images` must be at least 1, got {self.num_validation_images}.")
-        if self.validation_split is None:
-            raise ValueError(
-                f"`num_validation_images` = {self.num_validation_images} has no effect without `validation_split`: "
-                "name the split, or remove it."
-            )
+        for name in (
+            "num_validation_images",
+            "validation_steps",
+            "checkpoint_statistics_images",
+            "max_skipped_steps",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_validation_images", "validation_steps"):
+            if getattr(self, name) is not None and self.validation_split is None:
+                raise ValueError(
+                    f"`{name}` = {getattr(self, name)} has no effect without `validation_split`: name the split, or "
+                    "remove it."
+                )
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect without `push_to_hub`: remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)

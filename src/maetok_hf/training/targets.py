@@ -1,10 +1,20 @@
-"""What the auxiliary decoders predict: one feature vector per patch of the clean image (MAETok, section 3.2)."""
+"""
+What the auxiliary decoders predict: one feature vector per patch of the clean image (MAETok, section 3.2).
 
+How predictions are compared with the features is a switch of every target. The paper writes mean squared error for all
+of them; the defaults are those of the released code, which is `"mse"` for [`HOGTarget`] and `"cosine"` for the
+features of a [`~maetok_hf.training.teachers.TeacherTarget`].
+"""
+
+import contextlib
 import math
+import os
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -34,6 +44,71 @@ class FeatureTarget(Protocol):
         ...
 
 
+def check_feature_loss(name: str, argument: str = "feature_loss") -> None:
+    """
+    Refuse a comparison that [`feature_loss`] does not know.
+
+    Args:
+        name (`str`): The comparison.
+        argument (`str`, *optional*, defaults to `"feature_loss"`): What the caller calls it, for the message.
+
+    Raises:
+        ValueError: If `name` is none of `FEATURE_LOSSES`.
+    """
+    if name not in FEATURE_LOSSES:
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, FEATURE_LOSSES))}, got {name!r}.")
+
+
+def patch_grid(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    """
+    Rows and columns of patches of a batch of images.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images.
+        patch_size (`int`): Side of a patch in pixels.
+
+    Returns:
+        `tuple[int, int]`: Rows and columns, both positive.
+
+    Raises:
+        ValueError: If the images do not have three channels or are not a whole number of patches.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise ValueError(
+            f"`pixel_values` must have shape (batch_size, 3, height, width), got {tuple(pixel_values.shape)}."
+        )
+    height, width = pixel_values.shape[-2:]
+    if height == 0 or width == 0 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"`pixel_values` of {height} x {width} pixels are not a whole number of {patch_size} x {patch_size} "
+            "patches: resize or crop them."
+        )
+    return height // patch_size, width // patch_size
+
+
+@contextlib.contextmanager
+def explained_loading(pretrained_model_name_or_path: str | os.PathLike) -> Iterator[None]:
+    """
+    Say what to do where a pretrained network of a target cannot be loaded.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `os.PathLike`): What is being loaded.
+
+    Raises:
+        OSError: In place of what was raised inside for missing, unknown or damaged files.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        name = os.fspath(pretrained_model_name_or_path)
+        raise OSError(
+            f"{name!r} could not be loaded ({type(error).__name__}: {error}). If it is a folder, check the path and "
+            "that it holds the files that `save_pretrained` writes, weights as safetensors. If it is on the Hub, "
+            f"download it first with `hf download {name}`, on a machine that has a connection. Or leave this target "
+            "out."
+        ) from error
+
+
 def feature_loss(prediction: torch.Tensor, target: torch.Tensor, loss_type: str) -> torch.Tensor:
     """
     Distance between predicted and target features at every patch, in float32.
@@ -50,8 +125,7 @@ def feature_loss(prediction: torch.Tensor, target: torch.Tensor, loss_type: str)
     Raises:
         ValueError: If `loss_type` is unknown or the shapes differ.
     """
-    if loss_type not in FEATURE_LOSSES:
-        raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, FEATURE_LOSSES))}, got {loss_type!r}.")
+    check_feature_loss(loss_type, "loss_type")
     if prediction.shape != target.shape:
         raise ValueError(
             f"`prediction` has shape {tuple(prediction.shape)} but `target` has shape {tuple(target.shape)}: the "
@@ -78,22 +152,25 @@ class HOGTarget(nn.Module):
 
     Args:
         patch_size (`int`, *optional*, defaults to 16): Side of a patch in pixels, even and positive.
+        feature_loss (`str`, *optional*, defaults to `"mse"`): How predictions are compared with the features, see
+            [`feature_loss`].
 
     Raises:
-        ValueError: If `patch_size` is not a positive even integer.
+        ValueError: If `patch_size` is not a positive even integer or `feature_loss` is unknown.
     """
 
     num_bins = 9
     num_colors = 3
-    feature_loss = "mse"
 
-    def __init__(self, patch_size: int = 16):
+    def __init__(self, patch_size: int = 16, feature_loss: str = "mse"):
         super().__init__()
+        check_feature_loss(feature_loss)
         if patch_size <= 0 or patch_size % 2:
             raise ValueError(
                 f"`patch_size` must be a positive even number, for a cell is half a patch, got {patch_size}."
             )
         self.patch_size = patch_size
+        self.feature_loss = feature_loss
 
     @property
     def feature_dim(self) -> int:
@@ -101,7 +178,7 @@ class HOGTarget(nn.Module):
         return self.num_colors * self.num_bins * 4
 
     def extra_repr(self) -> str:
-        return f"patch_size={self.patch_size}, feature_dim={self.feature_dim}"
+        return f"patch_size={self.patch_size}, feature_dim={self.feature_dim}, feature_loss={self.feature_loss!r}"
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -116,18 +193,8 @@ class HOGTarget(nn.Module):
         Raises:
             ValueError: If the images do not have three channels or are not a whole number of patches.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_colors:
-            raise ValueError(
-                f"`pixel_values` must have shape (batch_size, 3, height, width), got {tuple(pixel_values.shape)}."
-            )
-        batch_size, _, height, width = pixel_values.shape
-        patch, cell = self.patch_size, self.patch_size // 2
-        if height == 0 or width == 0 or height % patch or width % patch:
-            raise ValueError(
-                f"`pixel_values` of {height} x {width} pixels are not a whole number of {patch} x {patch} patches: "
-                "resize or crop them."
-            )
-        rows, columns = height // patch, width // patch
+        rows, columns = patch_grid(pixel_values, self.patch_size)
+        batch_size, cell = pixel_values.shape[0], self.patch_size // 2
 
         with torch.autocast(pixel_values.device.type, enabled=False):
             gradient_x, gradient_y = self._gradients(pixel_values.float())

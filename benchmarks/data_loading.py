@@ -1,0 +1,240 @@
+"""Does the streamed loader deliver what its processors can decode?
+
+The bare rate is that of processes which do nothing but decode a JPEG of 500 x 375 pixels from memory, crop it as ADM
+does and make a uint8 tensor of it. Against it stands `StreamingImages` with as many data workers, over a parquet file
+and over a data set in memory, as in training: shuffled in blocks, keyed flips, batches handed to the main process. The
+two are measured in turn, so that whatever else the machine does slows both; the ratio of each pair is what counts.
+
+    python -m benchmarks.data_loading --output benchmarks/results/data_loading.json
+
+The photographs are the two that come with scikit-learn (`maetok_hf[demo]`), cut at many places.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.features
+import PIL.Image
+import psutil
+import torch
+
+from maetok_hf.data import ImageSource, StreamingImages, open_images
+from maetok_hf.data.transforms import resize_short_side
+
+
+WIDTH, HEIGHT = 500, 375
+PREFETCH_FACTOR = 2
+ROW_GROUP_SIZE = 100  # as the parquet files of the Hub
+
+
+def make_jpegs(count: int, quality: int) -> list[bytes]:
+    """Pieces of photographs as JPEG files."""
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images
+    generator = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        photograph = photographs[number % len(photographs)]
+        top = generator.integers(photograph.shape[0] - HEIGHT + 1)
+        left = generator.integers(photograph.shape[1] - WIDTH + 1)
+        file = io.BytesIO()
+        piece = np.ascontiguousarray(photograph[top : top + HEIGHT, left : left + WIDTH])
+        PIL.Image.fromarray(piece).save(file, format="JPEG", quality=quality)
+        files.append(file.getvalue())
+    return files
+
+
+def open_in_memory(jpegs: list[bytes]) -> ImageSource:
+    """The files as a map-style data set."""
+    from datasets import Dataset, Features, Image, Value
+
+    rows = {"image": [{"bytes": jpeg, "path": None} for jpeg in jpegs], "label": [i % 1000 for i in range(len(jpegs))]}
+    return open_images(Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("int64")})))
+
+
+def open_parquet(jpegs: list[bytes], folder: Path) -> ImageSource:
+    """The files as a parquet file, which the system keeps in memory once it has been read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [{"bytes": jpeg, "path": f"{number}.jpg"} for number, jpeg in enumerate(jpegs)]
+    table = pa.table({"image": images, "label": [number % 1000 for number in range(len(jpegs))]})
+    pq.write_table(table, folder / "train.parquet", row_group_size=ROW_GROUP_SIZE)
+    return open_images(folder, cache_dir=folder / "counts")
+
+
+def bare_process(jpegs: list[bytes], resolution: int, start: Any, commands: Any, results: Any) -> None:
+    """Decodes as many images as each command says and answers with the seconds and processor seconds it took."""
+    torch.set_num_threads(1)
+    position = 0
+    while (count := commands.get()) is not None:
+        start.wait()
+        seconds, processor = time.perf_counter(), time.process_time()
+        for _ in range(count):
+            image = resize_short_side(PIL.Image.open(io.BytesIO(jpegs[position % len(jpegs)])), resolution)
+            left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+            image = image.crop((left, top, left + resolution, top + resolution))
+            torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+            position += 1
+        results.put((time.perf_counter() - seconds, time.process_time() - processor))
+
+
+class Bare:
+    """The processes of the bare rate, waiting between measurements."""
+
+    def __init__(self, jpegs: list[bytes], resolution: int, num_processes: int):
+        context = multiprocessing.get_context("fork")
+        start, self.results = context.Barrier(num_processes), context.Queue()
+        self.commands = [context.Queue() for _ in range(num_processes)]
+        self.processes = []
+        for number, commands in enumerate(self.commands):
+            share = jpegs[number::num_processes]
+            arguments = (share, resolution, start, commands, self.results)
+            self.processes.append(context.Process(target=bare_process, args=arguments, daemon=True))
+            self.processes[-1].start()
+
+    def measure(self, num_images: int) -> tuple[float, float]:
+        """Images per second of all processes, and processor seconds per image."""
+        count = num_images // len(self.commands)
+        for commands in self.commands:
+            commands.put(count)
+        seconds, processor = zip(*(self.results.get() for _ in self.commands), strict=True)
+        return sum(count / taken for taken in seconds), sum(processor) / (count * len(self.commands))
+
+    def close(self) -> None:
+        for commands, process in zip(self.commands, self.processes, strict=True):
+            commands.put(None)
+            process.join()
+
+
+class Loader:
+    """A running loader, its workers waiting with full queues between measurements."""
+
+    def __init__(self, source: ImageSource, resolution: int, batch_size: int, num_workers: int, block_size: int):
+        images = StreamingImages(
+            source,
+            resolution=resolution,
+            batch_size=batch_size,
+            seed=0,
+            num_workers=num_workers,
+            block_size=block_size,
+        )
+        others = set(psutil.Process().children())
+        self.batches: Iterator[dict] = iter(images.dataloader(prefetch_factor=PREFETCH_FACTOR))
+        self.processes = [psutil.Process(), *(set(psutil.Process().children()) - others)]
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.measure(2 * num_workers * batch_size)
+
+    def processor_seconds(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes)
+
+    def settle(self) -> None:
+        """Wait until the workers have filled their queues."""
+        before = -1.0
+        while before != (before := self.processor_seconds()):
+            time.sleep(0.2)
+
+    def measure(self, num_images: int) -> tuple[float, float]:
+        """Images per second, and processor seconds of workers and main process per image."""
+        # What lies in the queues was made before; two further rounds bring the workers into their stride.
+        for _ in range((PREFETCH_FACTOR + 2) * self.num_workers):
+            next(self.batches)
+        rounds = max(1, num_images // (self.batch_size * self.num_workers))
+        count = rounds * self.num_workers * self.batch_size
+        seconds, processor = time.perf_counter(), self.processor_seconds()
+        for _ in range(rounds * self.num_workers):
+            next(self.batches)
+        seconds, processor = time.perf_counter() - seconds, self.processor_seconds() - processor
+        self.settle()
+        return count / seconds, processor / count
+
+
+def summary(values: list[float], digits: int = 4) -> dict[str, float]:
+    """Median and spread."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    found = {"median": quartiles[1], "quartile_1": quartiles[0], "quartile_3": quartiles[2]}
+    return {name: round(value, digits) for name, value in (found | {"min": min(values), "max": max(values)}).items()}
+
+
+def compare(bare: Bare, loader: Loader, num_images: int, num_rounds: int) -> dict[str, Any]:
+    """The loader against the bare rate, in turn, each first as often as the other."""
+    pairs = []
+    for number in range(-1, num_rounds):
+        measures: list[Callable] = [bare.measure, loader.measure]
+        order = (0, 1) if number % 2 else (1, 0)
+        found = {which: measures[which](num_images) for which in order}
+        if number >= 0:  # the first round warms up
+            pairs.append((found[0], found[1]))
+    return {
+        "ratio": summary([loader[0] / bare[0] for bare, loader in pairs]),
+        "processor_time_ratio": summary([bare[1] / loader[1] for bare, loader in pairs]),
+        "bare_images_per_second": summary([bare[0] for bare, _ in pairs], 1),
+        "loader_images_per_second": summary([loader[0] for _, loader in pairs], 1),
+        "bare_milliseconds_of_processor_per_image": summary([1000 * bare[1] for bare, _ in pairs]),
+        "loader_milliseconds_of_processor_per_image": summary([1000 * loader[1] for _, loader in pairs]),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on besides the code; names no machine."""
+    packages = ("torch", "pillow", "numpy", "pyarrow", "datasets")
+    return {
+        "processors": os.cpu_count(),
+        "usable_processors": len(os.sched_getaffinity(0)),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "libjpeg_turbo": PIL.features.version("libjpeg_turbo"),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--num_workers", type=int, default=2, help="data workers, and processes of the bare rate")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--block_size", type=int, default=512)
+    parser.add_argument("--num_files", type=int, default=2048, help="different JPEG files")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEG files")
+    parser.add_argument("--num_images", type=int, default=2048, help="images of one measurement")
+    parser.add_argument("--num_rounds", type=int, default=15, help="measurements of each kind")
+    arguments = parser.parse_args()
+
+    result: dict[str, Any] = {"settings": {k: v for k, v in vars(arguments).items() if k != "output"}}
+    jpegs = make_jpegs(arguments.num_files, arguments.quality)
+    result["mean_file_bytes"] = round(sum(map(len, jpegs)) / len(jpegs))
+    result["machine"] = machine()
+    bare = Bare(jpegs, arguments.resolution, arguments.num_workers)
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {"parquet": open_parquet(jpegs, Path(folder)), "in_memory": open_in_memory(jpegs)}
+        for name, source in sources.items():
+            loader = Loader(
+                source, arguments.resolution, arguments.batch_size, arguments.num_workers, arguments.block_size
+            )
+            result[name] = compare(bare, loader, arguments.num_images, arguments.num_rounds)
+            print(name, json.dumps(result[name], indent=2))
+            del loader
+    bare.close()
+    result["machine"]["load_average_at_the_end"] = [round(value, 2) for value in os.getloadavg()]
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

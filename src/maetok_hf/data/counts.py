@@ -1,0 +1,85 @@
+"""What is unusual about the rows of a data set: counted in every batch, and named in the log without flooding it."""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+
+MAX_ROW_WARNINGS = 10
+
+# The order of `counts` in a batch.
+COUNT_NAMES = (
+    "corrupt",  # no image, or one that cannot be decoded: another row stands in for it, or it is left out
+    "unlabeled",  # the label is missing or is no class of the data set
+    "uncaptioned",  # the caption is missing or blank
+    "grayscale",
+    "palette",
+    "cmyk",
+    "sixteen_bit",  # scaled to 8 bits
+    "other_mode",  # of another color space, converted to RGB
+    "transparent",  # composited on white
+    "rotated",  # turned upright as EXIF says
+    "enlarged",  # the short side was smaller than the resolution
+    "elongated",  # the ends were cut, see `MAX_ASPECT_RATIO`
+    "huge",  # more pixels than `HUGE_PIXELS`
+)
+_POSITIONS = {name: position for position, name in enumerate(COUNT_NAMES)}
+
+
+def count_names(names: Iterable[str]) -> torch.Tensor:
+    """
+    Args:
+        names (`Iterable[str]`): Names of `COUNT_NAMES`, each as often as it occurred.
+
+    Returns:
+        `torch.Tensor`: How often each occurred, int64 of shape `(len(COUNT_NAMES),)`. Sums of these over batches and
+        processes are counts too.
+    """
+    counts = [0] * len(COUNT_NAMES)
+    for name in names:
+        counts[_POSITIONS[name]] += 1
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def describe_counts(counts: torch.Tensor) -> str:
+    """
+    Args:
+        counts (`torch.Tensor`): The `counts` of a batch, or a sum of them, of shape `(len(COUNT_NAMES),)`.
+
+    Returns:
+        `str`: What occurred and how often, for a log, such as `"3 corrupt, 41 grayscale"`; `"nothing unusual"` if
+        nothing did.
+    """
+    found = [f"{count} {name}" for name, count in zip(COUNT_NAMES, counts.tolist(), strict=True) if count]
+    return ", ".join(found) or "nothing unusual"
+
+
+class RowWarnings:
+    """
+    Logs what is wrong with single rows without flooding the log: the first `MAX_ROW_WARNINGS` of this process in full,
+    then only how many there were, at every power of ten.
+
+    Args:
+        logger (`logging.Logger`): Where to.
+        description (`str`): The data set.
+    """
+
+    def __init__(self, logger: logging.Logger, description: str):
+        self.logger = logger
+        self.description = description
+        self.count = 0
+
+    def __call__(self, message: str) -> None:
+        """
+        Args:
+            message (`str`): What is wrong with which row.
+        """
+        self.count += 1
+        if self.count <= MAX_ROW_WARNINGS:
+            more = " Further rows are counted only." if self.count == MAX_ROW_WARNINGS else ""
+            self.logger.warning("%s%s", message, more)
+        elif str(self.count).strip("0") == "1":
+            self.logger.warning(
+                "%d rows of %s could not be used by this process so far.", self.count, self.description
+            )

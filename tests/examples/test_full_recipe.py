@@ -1,0 +1,289 @@
+"""`train_maetok.py` with every loss: what it leaves, what it survives, and that every setting is used."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maetok_hf import AutoencoderMAE
+from maetok_hf.training.checkpointing import complete_checkpoints
+from maetok_hf.training.run_options import TokenizerRunOptions
+from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
+from tests.hub import serve_hub
+
+
+FEATURES = {"hog", "dinov2", "siglip", "text"}
+ADVERSARIAL = {"adversarial", "adaptive_weight", "discriminator", "lecam", "consistency", "logits_real", "logits_fake"}
+
+
+def entries(folder):
+    return [json.loads(line) for line in (Path(folder) / "training_log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
+
+
+def test_a_run_with_every_loss_leaves_terms_pictures_and_curves(run_here, full_flags, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    measure = ["--validation_split", "test", "--validation_steps", "4"]
+    run_here("train_maetok", *full_flags, *measure, "--output_dir", tmp_path / "run")
+    log = entries(tmp_path / "run")
+    common = {"loss", "reconstruction", "perceptual", "gradient_norm", *FEATURES}
+    common |= {"step", "learning_rate", "mask_ratio", "seconds", "skipped_steps"}
+    for entry in log[:3]:
+        assert entry.keys() == common  # the discriminator begins at the fourth step
+    for entry in log[3:]:
+        assert entry.keys() == common | ADVERSARIAL | {"discriminator_gradient_norm"}
+    assert log[-1]["loss"] is not None and all(entry["skipped_steps"] == 0 for entry in log)
+    report = json.loads((tmp_path / "run" / "train_report.json").read_text())
+    assert report["held_out"].keys() == {"psnr", "ssim", "lpips", "num_images"}
+
+    pictures = sorted(path.name for path in (tmp_path / "run" / "validation").iterdir())
+    assert pictures == ["step-4.png", "step-8.png"]
+    assert np.array(PIL.Image.open(tmp_path / "run" / "validation" / "step-8.png")).std() > 10
+    (events,) = (
+        (tmp_path / "run" / "logs").rglob("events.out.*")
+        if len(list((tmp_path / "run" / "logs").rglob("events.out.*"))) == 1
+        else sorted((tmp_path / "run" / "logs" / "maetok_hf").glob("events.out.*"))[:1]
+    )
+    curves = EventAccumulator(str(events.parent)).Reload()
+    assert [event.step for event in curves.Scalars("loss")] == list(range(1, 9))
+    assert [event.step for event in curves.Scalars("validation/psnr")] == [4, 8]
+    assert [event.step for event in curves.Images("validation/reconstructions")] == [4, 8]
+
+    # a tokenizer without anything of the training in it, and statistics of the weights beside them at every save
+    assert all(name.startswith(("encoder.", "decoder.")) for name in weights_of(tmp_path / "run"))
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    stds = [AutoencoderMAE.load_config(checkpoint / name)["latents_std"] for name in ("tokenizer", "tokenizer_ema")]
+    assert stds[0] > 0 and stds[1] > 0 and stds[0] != stds[1]
+    assert {path.name for path in checkpoint.glob("*.safetensors")} == {
+        "auxiliary_decoders.safetensors",
+        "discriminator.safetensors",
+    }
+    assert "Epoch 1 of the images is over: 1 corrupt, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_stopped_before_and_after_the_discriminator_began_it_continues_exactly(
+    run_here, full_flags, tmp_path, assert_same_result, step
+):
+    flags = [*full_flags, "--gradient_accumulation_steps", "2"]
+    run_here("train_maetok", *flags, "--output_dir", tmp_path / "whole")
+
+    def send_signal(module):
+        inner = module.TokenizerTraining.micro_step
+
+        def micro_step(self, number, batch):
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            inner(self, number, batch)
+
+        module.TokenizerTraining.micro_step = micro_step
+
+    with pytest.raises(SystemExit):
+        run_here("train_maetok", *flags, "--output_dir", tmp_path / "stopped", prepare=send_signal)
+    run_here("train_maetok", *flags, "--output_dir", tmp_path / "stopped")
+    assert_same_result(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_without_its_discriminator_yet_the_tokenizer_is_that_of_a_run_without_one(run_here, full_flags, tmp_path):
+    short = ["--max_train_steps", "3"]
+    run_here("train_maetok", *full_flags, *short, "--output_dir", tmp_path / "with")
+    run_here("train_maetok", *full_flags, *short, "--adversarial_weight", "0", "--output_dir", tmp_path / "without")
+    one, other = weights_of(tmp_path / "with"), weights_of(tmp_path / "without")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_mixed_resolutions_in_one_run(run_here, full_flags, tmp_path, assert_same_result):
+    flags = [*full_flags, "--mixed_resolutions", "32", "48", "--mixed_resolution_weights", "1", "2"]
+    sides = []
+
+    def note_sides(module):
+        inner = module.TokenizerTraining.make_inputs
+
+        def make_inputs(self, step, batch):
+            sides.append(batch["images"].shape[-1])
+            return inner(self, step, batch)
+
+        module.TokenizerTraining.make_inputs = make_inputs
+
+    run_here("train_maetok", *flags, "--output_dir", tmp_path / "whole", prepare=note_sides)
+    assert set(sides) == {32, 48} and len(sides) == 8
+    run_here("train_maetok", *flags, "--output_dir", tmp_path / "parts", "--max_train_steps", "8")
+    assert_same_result(tmp_path / "whole", tmp_path / "parts")
+
+
+def spoil_steps(steps):
+    """Make the pixels of some steps NaN."""
+
+    def prepare(module):
+        inner = module.TokenizerTraining.make_inputs
+
+        def make_inputs(self, step, batch):
+            inputs = inner(self, step, batch)
+            if step in steps:
+                inputs["pixel_values"] = inputs["pixel_values"] * torch.nan
+            return inputs
+
+        module.TokenizerTraining.make_inputs = make_inputs
+
+    return prepare
+
+
+def test_steps_that_are_not_finite_are_skipped_counted_and_leave_no_trace(run_here, full_flags, tmp_path):
+    run_here("train_maetok", *full_flags, "--output_dir", tmp_path / "run", prepare=spoil_steps({0, 4}))
+    log = entries(tmp_path / "run")
+    assert [entry["skipped_steps"] for entry in log] == [1, 0, 0, 0, 1, 0, 0, 0]
+    assert [entry["loss"] is None for entry in log] == [bool(entry["skipped_steps"]) for entry in log]
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "run").values())
+    discriminator = load_file(tmp_path / "run" / "checkpoint-8" / "discriminator.safetensors")
+    assert all(value.isfinite().all() for value in discriminator.values())
+    assert json.loads((tmp_path / "run" / "train_report.json").read_text())["skipped_steps"] == 2
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_state(run_here, full_flags, tmp_path):
+    flags = [*full_flags, "--max_skipped_steps", "2", "--output_dir", tmp_path / "run"]
+    with pytest.raises(FloatingPointError, match=r"At least 2 steps in a row .* checkpoint-6 has the weights from"):
+        run_here("train_maetok", *flags, prepare=spoil_steps({3, 4, 5, 6}))
+    newest = complete_checkpoints(tmp_path / "run")[-1]
+    assert newest.name == "checkpoint-6"
+    good = complete_checkpoints(tmp_path / "run")[0]
+    assert good.name == "checkpoint-4"  # after the first of the steps that were skipped
+    one, other = weights_of(newest / "tokenizer"), weights_of(good / "tokenizer")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    run_here("train_maetok", *flags)  # whatever broke it is gone
+    assert entries(tmp_path / "run")[-1]["step"] == 8
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    with serve_hub() as loopback:
+        for name, value in loopback.environment().items():
+            monkeypatch.setenv(name, value)
+        yield loopback
+
+
+def test_a_run_is_published_with_its_card_and_picture(run_here, full_flags, tmp_path, hub):
+    publish = ["--push_to_hub", "--hub_model_id", "user/squares", "--hub_private_repo", "--validation_split", "test"]
+    run_here("train_maetok", *full_flags, *publish, "--output_dir", tmp_path / "run")
+    repository = hub.repositories["user/squares"]
+    assert repository.private
+    files = repository.files
+    assert (
+        files["diffusion_pytorch_model.safetensors"]
+        == (tmp_path / "run" / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    assert {"config.json", "README.md", "reconstructions.png"} <= files.keys()
+    card = files["README.md"].decode()
+    assert 'AutoencoderMAE.from_pretrained("user/squares")' in card and "psnr" in card.lower()
+    assert str(tmp_path) not in card
+
+
+def test_a_hub_that_fails_later_stops_nothing(run_here, full_flags, tmp_path, hub, monkeypatch):
+    from maetok_hf.training import hub as hub_module
+
+    monkeypatch.setattr(hub_module, "RETRY_WAITS", ())
+    hub.fail("commit", 403)
+    flags = [*full_flags, "--push_to_hub", "--max_train_steps", "3", "--output_dir", tmp_path / "run"]
+    run_here("train_maetok", *flags)
+    AutoencoderMAE.from_pretrained(tmp_path / "run")
+    assert "diffusion_pytorch_model.safetensors" not in hub.repositories["user/run"].files
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--caption_column", "words"], "`caption_column='words'` is not a column"),
+        (["--dinov2_model", "nowhere/at-all"], "nowhere/at-all"),
+        (["--discriminator_model", "local-dir:/nowhere"], "the trunk of the discriminator"),
+        (["--resolution", "36"], "must be a multiple"),
+    ],
+)
+def test_wrong_input_ends_the_run_before_the_first_step(run_here, full_flags, tmp_path, monkeypatch, more, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises((ValueError, OSError), match=message):
+        run_here("train_maetok", *full_flags, "--output_dir", tmp_path / "out", *more)
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_text_target_needs_captions_and_captions_need_a_use(run_here, recipes, full_flags, base_flags, tmp_path):
+    without = [word for word in full_flags if word not in ("--caption_column", "caption")]
+    with pytest.raises(ValueError, match="`caption_column` names the captions"):
+        run_here("train_maetok", *without, "--output_dir", tmp_path / "one")
+    plain = ["--recipe", recipes["tokenizer"], *base_flags, "--caption_column", "caption"]
+    with pytest.raises(ValueError, match="`caption_column` names the captions"):
+        run_here("train_maetok", *plain, "--output_dir", tmp_path / "two")
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(run_here, full_flags, tmp_path):
+    with pytest.raises(ValueError, match="`pip install wandb`"):
+        run_here("train_maetok", *full_flags, "--report_to", "wandb", "--output_dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def recording(cls, reads):
+    """A subclass whose instances note which fields are read, but not by `dataclasses.asdict`."""
+
+    class Recording(cls):
+        def __getattribute__(self, name):
+            if sys._getframe(1).f_globals["__name__"] != "dataclasses":
+                reads.add(name)
+            return super().__getattribute__(name)
+
+    return Recording
+
+
+def record_reads(module, classes, reads):
+    """Let a script work with recording classes, from the moment its command line is parsed."""
+    for name in classes:
+        setattr(module, name, recording(getattr(module, name), reads))
+    parse = module.parse_arguments
+
+    def parse_arguments(*arguments):
+        before = set(reads)
+        settings = parse(*arguments)
+        # what the checks of the values have read is not yet used
+        reads.intersection_update(before)
+        return settings
+
+    module.parse_arguments = parse_arguments
+
+
+def test_every_flag_is_read(run_here, full_flags, recipes, base_flags, tmp_path, hub):
+    reads = set()
+    classes = ["TokenizerRecipe", "TokenizerRunOptions"]
+
+    def run(*arguments):
+        run_here("train_maetok", *arguments, prepare=lambda module: record_reads(module, classes, reads))
+
+    short = ["--max_train_steps", "4", "--checkpointing_steps", "10"]
+    cold = ["--lr_warmup_steps", "0"]
+    measure = ["--validation_split", "test", "--validation_steps", "2"]
+    run(*full_flags, *short, *cold, *measure, "--push_to_hub", "--output_dir", tmp_path / "one")
+    plain = ["--recipe", recipes["tokenizer"], *base_flags, *short, *cold]
+    run(*plain, "--output_dir", tmp_path / "kl", "--model", "gaussian_posterior=true")
+    run(*plain, "--output_dir", tmp_path / "mixed", "--mixed_resolutions", "16", "20")
+    stage_two = ["--recipe", recipes["decoder"], *base_flags, "--pretrained_model_name_or_path", tmp_path / "one"]
+    run(*stage_two, *short, *cold, "--resolution", "32", "--output_dir", tmp_path / "two")
+    fields = {field.name for cls in (TokenizerRecipe, TokenizerRunOptions) for field in dataclasses.fields(cls)}
+    assert fields - reads == set()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(run_here, full_flags, tmp_path):
+    short = ["--max_train_steps", "4", "--model", "decoder_drop_path_rate=0.0"]
+    run_here("train_maetok", *full_flags, *short, "--output_dir", tmp_path / "eager")
+    run_here("train_maetok", *full_flags, *short, "--torch_compile", "--output_dir", tmp_path / "compiled")
+    for one, other in zip(entries(tmp_path / "eager"), entries(tmp_path / "compiled"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
