@@ -13,7 +13,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "src/maetok_hf/__init__.py
 
 # Lower bounds, no pins: users choose their torch build. Golden outputs were checked at the bound of diffusers, too.
 INSTALL_REQUIRES = [
-    "accelerate>=1.2",
+    "accelerate>=1.8",
     "diffusers>=0.41",
     "huggingface-hub>=1.5",
     "numpy>=1.26",

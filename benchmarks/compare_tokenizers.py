@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """What mask modelling and the HOG target do to the latents, measured on the demonstration's images.
 
-    python benchmarks/compare_tokenizers.py --max_train_steps 1500
+    python -m benchmarks.compare_tokenizers --max_train_steps 1500
 
 Trains each variant of the demonstration's tokenizer with each seed by the command `accelerate launch
 examples/train_maetok.py`, with equal steps, batches and learning rates, and measures on held-out digits the PSNR of
@@ -217,7 +216,7 @@ def device_line(args: argparse.Namespace, runs: list[dict]) -> str:
 
 def report_of(args: argparse.Namespace, runs: list[dict], pixel_accuracy: float) -> dict:
     """Everything about the comparison, in plain types."""
-    command = ["python", "benchmarks/compare_tokenizers.py", "--variants", *args.variants]
+    command = ["python", "-m", "benchmarks.compare_tokenizers", "--variants", *args.variants]
     command += ["--seeds", *map(str, args.seeds), "--num_threads", str(args.num_threads)]
     if args.max_train_steps is not None:
         command += ["--max_train_steps", str(args.max_train_steps)]
@@ -296,7 +295,7 @@ def to_markdown(report: dict) -> str:
             "## Protocol",
             "",
             *(f"- {name.replace('_', ' ')}: {text}" for name, text in report["protocol"].items()),
-            f"- device: {report['device']}; {report['training_seconds'] / 60:.0f} minutes of training in all",
+            f"- device: {report['device']}; {report['training_seconds'] / 60:.0f} minutes of wall time for all training",
             f"- versions: {versions}",
             "",
             "```",

@@ -1,9 +1,13 @@
 """Does the streamed loader deliver what its processors can decode?
 
 The bare rate is that of processes which do nothing but decode a JPEG of 500 x 375 pixels from memory, crop it as ADM
-does and make a uint8 tensor of it. Against it stands `StreamingImages` with as many data workers, over a parquet file
-and over a data set in memory, as in training: shuffled in blocks, keyed flips, batches handed to the main process. The
-two are measured in turn, so that whatever else the machine does slows both; the ratio of each pair is what counts.
+does and make a uint8 tensor of it: in the usual way (`plain`), and by the library's own transform (`transform`), which
+gives the same pixels a little sooner. Against both stands `StreamingImages` with as many data workers, over a parquet
+file and over a data set in memory, as in training: shuffled in blocks, keyed flips, batches handed to the main process.
+
+They are measured in turn, so that whatever else the machine does slows all of them, and the ratio of neighbors is what
+counts. Processor time (of the workers and the main process together) is less disturbed by other jobs than the clock,
+and its ratio is the rate that is left where nothing but the processors limits it.
 
     python -m benchmarks.data_loading --output benchmarks/results/data_loading.json
 
@@ -30,7 +34,7 @@ import PIL.Image
 import psutil
 import torch
 
-from maetok_hf.data import ImageSource, StreamingImages, open_images
+from maetok_hf.data import ImageSource, ImageTransform, StreamingImages, open_images
 from maetok_hf.data.transforms import resize_short_side
 
 
@@ -76,18 +80,35 @@ def open_parquet(jpegs: list[bytes], folder: Path) -> ImageSource:
     return open_images(folder, cache_dir=folder / "counts")
 
 
-def bare_process(jpegs: list[bytes], resolution: int, start: Any, commands: Any, results: Any) -> None:
-    """Decodes as many images as each command says and answers with the seconds and processor seconds it took."""
+def plain(jpeg: bytes, resolution: int) -> torch.Tensor:
+    """Decode, resize, crop and make a tensor, as one writes it down."""
+    image = resize_short_side(PIL.Image.open(io.BytesIO(jpeg)), resolution)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def transform(jpeg: bytes, resolution: int) -> torch.Tensor:
+    """The same by the library."""
+    return ImageTransform(resolution).to_uint8(PIL.Image.open(io.BytesIO(jpeg)))
+
+
+def bare_process(
+    make: Callable[[bytes, int], torch.Tensor],
+    jpegs: list[bytes],
+    resolution: int,
+    start: Any,
+    commands: Any,
+    results: Any,
+) -> None:
+    """Makes as many images as each command says and answers with the seconds and processor seconds it took."""
     torch.set_num_threads(1)
     position = 0
     while (count := commands.get()) is not None:
         start.wait()
         seconds, processor = time.perf_counter(), time.process_time()
         for _ in range(count):
-            image = resize_short_side(PIL.Image.open(io.BytesIO(jpegs[position % len(jpegs)])), resolution)
-            left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-            image = image.crop((left, top, left + resolution, top + resolution))
-            torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+            make(jpegs[position % len(jpegs)], resolution)
             position += 1
         results.put((time.perf_counter() - seconds, time.process_time() - processor))
 
@@ -95,14 +116,14 @@ def bare_process(jpegs: list[bytes], resolution: int, start: Any, commands: Any,
 class Bare:
     """The processes of the bare rate, waiting between measurements."""
 
-    def __init__(self, jpegs: list[bytes], resolution: int, num_processes: int):
+    def __init__(self, make: Callable, jpegs: list[bytes], resolution: int, num_processes: int):
         context = multiprocessing.get_context("fork")
         start, self.results = context.Barrier(num_processes), context.Queue()
         self.commands = [context.Queue() for _ in range(num_processes)]
         self.processes = []
         for number, commands in enumerate(self.commands):
             share = jpegs[number::num_processes]
-            arguments = (share, resolution, start, commands, self.results)
+            arguments = (make, share, resolution, start, commands, self.results)
             self.processes.append(context.Process(target=bare_process, args=arguments, daemon=True))
             self.processes[-1].start()
 
@@ -169,23 +190,28 @@ def summary(values: list[float], digits: int = 4) -> dict[str, float]:
     return {name: round(value, digits) for name, value in (found | {"min": min(values), "max": max(values)}).items()}
 
 
-def compare(bare: Bare, loader: Loader, num_images: int, num_rounds: int) -> dict[str, Any]:
-    """The loader against the bare rate, in turn, each first as often as the other."""
-    pairs = []
+def compare(measures: dict[str, Callable], num_images: int, num_rounds: int) -> dict[str, Any]:
+    """Measures all in turn, in an order that changes from round to round, and sets the last against the others."""
+    names, found = list(measures), {name: [] for name in measures}
     for number in range(-1, num_rounds):
-        measures: list[Callable] = [bare.measure, loader.measure]
-        order = (0, 1) if number % 2 else (1, 0)
-        found = {which: measures[which](num_images) for which in order}
-        if number >= 0:  # the first round warms up
-            pairs.append((found[0], found[1]))
-    return {
-        "ratio": summary([loader[0] / bare[0] for bare, loader in pairs]),
-        "processor_time_ratio": summary([bare[1] / loader[1] for bare, loader in pairs]),
-        "bare_images_per_second": summary([bare[0] for bare, _ in pairs], 1),
-        "loader_images_per_second": summary([loader[0] for _, loader in pairs], 1),
-        "bare_milliseconds_of_processor_per_image": summary([1000 * bare[1] for bare, _ in pairs]),
-        "loader_milliseconds_of_processor_per_image": summary([1000 * loader[1] for _, loader in pairs]),
-    }
+        for place in range(len(names)):
+            name = names[(number + place) % len(names)]
+            measured = measures[name](num_images)
+            if number >= 0:  # the first round warms up
+                found[name].append(measured)
+    result: dict[str, Any] = {}
+    for name in names:
+        result[name] = {
+            "images_per_second": summary([rate for rate, _ in found[name]], 1),
+            "processor_milliseconds_per_image": summary([1000 * seconds for _, seconds in found[name]]),
+        }
+    for name in names[:-1]:
+        pairs = list(zip(found[names[-1]], found[name], strict=True))
+        result[f"{names[-1]}_to_{name}"] = {
+            "by_the_clock": summary([one[0] / other[0] for one, other in pairs]),
+            "by_processor_time": summary([other[1] / one[1] for one, other in pairs]),
+        }
+    return result
 
 
 def machine() -> dict[str, Any]:
@@ -219,17 +245,21 @@ def main() -> None:
     jpegs = make_jpegs(arguments.num_files, arguments.quality)
     result["mean_file_bytes"] = round(sum(map(len, jpegs)) / len(jpegs))
     result["machine"] = machine()
-    bare = Bare(jpegs, arguments.resolution, arguments.num_workers)
+    bare = {
+        make.__name__: Bare(make, jpegs, arguments.resolution, arguments.num_workers) for make in (plain, transform)
+    }
     with tempfile.TemporaryDirectory() as folder:
         sources = {"parquet": open_parquet(jpegs, Path(folder)), "in_memory": open_in_memory(jpegs)}
         for name, source in sources.items():
             loader = Loader(
                 source, arguments.resolution, arguments.batch_size, arguments.num_workers, arguments.block_size
             )
-            result[name] = compare(bare, loader, arguments.num_images, arguments.num_rounds)
-            print(name, json.dumps(result[name], indent=2))
-            del loader
-    bare.close()
+            measures = {kind: processes.measure for kind, processes in bare.items()} | {"loader": loader.measure}
+            result[name] = compare(measures, arguments.num_images, arguments.num_rounds)
+            print(name, json.dumps(result[name], indent=2), flush=True)
+            del measures, loader  # ends its workers
+    for processes in bare.values():
+        processes.close()
     result["machine"]["load_average_at_the_end"] = [round(value, 2) for value in os.getloadavg()]
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

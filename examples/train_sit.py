@@ -42,6 +42,7 @@ from maetok_hf.training.optim import create_ema, set_learning_rate
 from maetok_hf.training.progress import TrainingMonitor
 from maetok_hf.training.recipes import parse_arguments
 from maetok_hf.training.run_options import SiTRunOptions
+from maetok_hf.training.sharding import configure_deepspeed, configure_sharding, full_tensor, whole_copy
 from maetok_hf.training.sit_recipe import SiTRecipe
 
 
@@ -153,6 +154,7 @@ def main():
     )
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
+    configure_sharding(accelerator, several_models=False)
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(output_dir) if accelerator.is_main_process else None
@@ -169,6 +171,7 @@ def main():
             cache_dir=options.cache_dir,
         )
     micro_batch_size = options.micro_batch_size(recipe.total_batch_size, accelerator.num_processes)
+    configure_deepspeed(accelerator, micro_batch_size, recipe.max_grad_norm)
     latent_identity = {
         "data": data_identity(source),
         "tokenizer": model_digest(tokenizer),
@@ -219,6 +222,8 @@ def main():
         total_limit=options.checkpoints_total_limit,
     )
     first_step, seconds, _ = checkpointer.load(options.resume_from_checkpoint)
+    if first_step < recipe.max_train_steps:
+        checkpointer.check_disk_space()
     start_micro_batch = first_step * options.gradient_accumulation_steps
     if options.cache_latents:
         cache = cache_latents(
@@ -261,7 +266,8 @@ def main():
             )
             inputs = (batch["latents"], batch["class_labels"], draws.draw, draws.noise, draws.class_drop_mask)
             with accelerator.accumulate(model):
-                loss = model(*(value.to(accelerator.device, non_blocking=True) for value in inputs))["loss"]
+                with accelerator.autocast():
+                    loss = model(*(value.to(accelerator.device, non_blocking=True) for value in inputs))["loss"]
                 accelerator.backward(loss)
                 monitor.add({"loss": loss})
                 if accelerator.sync_gradients:
@@ -269,7 +275,7 @@ def main():
                 optimizer.step()
                 optimizer.zero_grad()
         if not optimizer.step_was_skipped:  # fp16 skips a step whose gradient overflowed
-            monitor.add({"gradient_norm": norm})
+            monitor.add({"gradient_norm": full_tensor(torch.as_tensor(norm, device=accelerator.device))})
         ema.step(transformer.parameters())
         monitor.advance()
 
@@ -289,10 +295,10 @@ def main():
     # 6. Result: a pipeline with the averaged weights
     stop.release()
     monitor.close()
+    transformer = whole_copy(transformer, ema, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
-        ema.copy_to(transformer.parameters())
         scheduler = FlowMatchEulerMaruyamaScheduler(path=transformer.config.path)
-        pipeline = MAETokDiffusionPipeline(tokenizer, transformer.eval(), scheduler, id2label=source.id2label)
+        pipeline = MAETokDiffusionPipeline(tokenizer, transformer, scheduler, id2label=source.id2label)
         export(output_dir, pipeline.save_pretrained)
         report = {
             "recipe": dataclasses.asdict(recipe),

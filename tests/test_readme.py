@@ -81,16 +81,20 @@ def test_readme_names_existing_files():
 
 
 def test_training_commands_name_real_scripts_recipes_and_flags():
-    from maetok_hf.training import recipes, run_options
+    from maetok_hf.training import run_options
+    from maetok_hf.training.recipes import parse_arguments
+    from maetok_hf.training.sit_recipe import SiTRecipe
+    from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 
+    recipes = {"SiT": SiTRecipe, "Tokenizer": TokenizerRecipe}
     text = "\n".join(block.code for block in BLOCKS if block.mark == "hours").replace("\\\n", " ")
     commands = re.findall(r"^accelerate launch examples/(train_\w+)\.py (.*)$", text, re.MULTILINE)
     assert [script for script, _ in commands] == ["train_maetok", "train_maetok", "train_sit"]
     for script, words in commands:
         kind = "SiT" if script == "train_sit" else "Tokenizer"
         parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
-        classes = getattr(recipes, f"{kind}Recipe"), getattr(run_options, f"{kind}RunOptions")
-        recipes.parse_arguments(parser, *classes, ROOT / "examples" / "recipes", words.split())
+        options = getattr(run_options, f"{kind}RunOptions")
+        parse_arguments(parser, recipes[kind], options, ROOT / "examples" / "recipes", words.split())
 
 
 @pytest.fixture(scope="module")

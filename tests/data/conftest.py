@@ -1,6 +1,7 @@
 """Tiny data sets of the same rows in every format that is read."""
 
 import io
+import json
 import tarfile
 from types import SimpleNamespace
 
@@ -31,12 +32,15 @@ def labels(num_rows: int) -> list[int]:
     return [3 * index // num_rows for index in range(num_rows)]
 
 
-def in_memory(images: list, classes: list):
-    from datasets import ClassLabel, Dataset, Features, Image
+def in_memory(images: list, classes: list, captions: list | None = None):
+    from datasets import ClassLabel, Dataset, Features, Image, Value
 
-    features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
+    features = {"image": Image(), "label": ClassLabel(names=CLASS_NAMES)}
     rows = [image if isinstance(image, dict) else {"bytes": image, "path": None} for image in images]
-    return Dataset.from_dict({"image": rows, "label": classes}, features=features)
+    table = {"image": rows, "label": classes}
+    if captions is not None:
+        features["caption"], table["caption"] = Value("string"), captions
+    return Dataset.from_dict(table, features=Features(features))
 
 
 def write_tar(path, members: list[tuple[str, bytes]]) -> None:
@@ -60,10 +64,10 @@ def cuts(num_rows: int) -> list[range]:
     return [range(first), range(first, second), range(second, num_rows)]
 
 
-def build(kind: str, folder, images: list[bytes], classes: list[int]):
+def build(kind: str, folder, images: list[bytes], classes: list[int], captions: list[str | None] | None = None):
     """What to pass to `open_images` for the rows in one of the `KINDS`."""
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = in_memory(images, classes)
+    dataset = in_memory(images, classes, captions)
     if kind == "dataset":
         return dataset
     if kind == "stream":
@@ -75,12 +79,20 @@ def build(kind: str, folder, images: list[bytes], classes: list[int]):
             members = []
             for row in rows:
                 members += [(f"{row:04d}.png", images[row]), (f"{row:04d}.cls", str(classes[row]).encode())]
+                if captions is not None:
+                    members.append((f"{row:04d}.json", json.dumps({"caption": captions[row]}).encode()))
+                    members += [(f"{row:04d}.txt", captions[row].encode())] if captions[row] is not None else []
             write_tar(folder / f"train-{shard:03d}.tar", members)
         else:
             for row in rows:
                 path = folder / "train" / CLASS_NAMES[classes[row]] / f"{row:04d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(images[row])
+    if kind == "imagefolder" and captions is not None:
+        files = [f"{CLASS_NAMES[label]}/{row:04d}.png" for row, label in enumerate(classes)]
+        lines = zip(files, classes, captions, strict=True)
+        lines = [json.dumps(dict(zip(("file_name", "label", "caption"), line, strict=True))) for line in lines]
+        (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
@@ -105,6 +117,7 @@ def toy() -> SimpleNamespace:
     """The helpers of this file."""
     return SimpleNamespace(
         CLASS_NAMES=CLASS_NAMES,
+        build=build,
         in_memory=in_memory,
         labels=labels,
         pixels=pixels,

@@ -2,7 +2,8 @@
 
     accelerate launch faulty_launch.py MOMENT:COUNT:SIGNAL:RANK script.py flags...
 
-sends SIGNAL (KILL, TERM, INT) in process RANK just before the COUNT-th call of what MOMENT names.
+sends SIGNAL (KILL, TERM, INT) in process RANK just before the COUNT-th call of what MOMENT names; FAIL raises an
+error there.
 """
 
 import os
@@ -34,6 +35,8 @@ def install(fault: str) -> None:
 
     def wrapped(*arguments, **keywords):
         calls.append(moment)
+        if len(calls) == int(count) and name == "FAIL":
+            raise RuntimeError("a fault for this test")
         if len(calls) == int(count):
             os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
         return original(*arguments, **keywords)

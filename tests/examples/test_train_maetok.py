@@ -199,60 +199,6 @@ def test_commands_in_the_docstring_name_real_recipes_and_flags(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
-    launch, run_here, flags, tmp_path, assert_same_result, processes
-):
-    """Killed within a step, within a save and before its rename; on 2 processes one of them is told to stop, too."""
-    flags = [*flags, "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"]
-    if processes == 1:
-        run_here("train_maetok", *flags, "--output_dir", tmp_path / "whole")
-    else:
-        whole = launch("train_maetok", *flags, "--output_dir", tmp_path / "whole", processes=processes)
-        assert whole.returncode == 0, whole.stdout
-
-    command = ["train_maetok", *flags, "--output_dir", tmp_path / "stopped"]
-    # two backward passes a step; a checkpoint every 2 steps; what is counted begins anew with every start
-    faults = [
-        (f"backward:8:KILL:{processes - 1}", "checkpoint-2"),  # in step 4
-        ("write:1:KILL:0", "checkpoint-2"),  # in checkpoint 4, which has models but no optimiser
-        ("rename:2:KILL:0", "checkpoint-4"),  # in checkpoint 6, of which all is written
-    ]
-    if processes == 2:
-        faults.append(("backward:2:TERM:1", "checkpoint-5"))
-    for fault, newest in faults:
-        stopped = launch(*command, processes=processes, fault=fault)
-        assert stopped.returncode != 0, stopped.stdout
-        assert complete_checkpoints(tmp_path / "stopped")[-1].name == newest, stopped.stdout
-        if fault.startswith("write"):
-            assert list((tmp_path / "stopped").glob(".checkpoint-4.partial/tokenizer/*")), stopped.stdout
-            assert not list((tmp_path / "stopped").glob(".checkpoint-4.partial/optimizer*"))
-    if processes == 2:
-        assert "Stopped by signal 15 after step 5" in stopped.stdout
-    finished = launch(*command, processes=processes)
-    assert finished.returncode == 0, finished.stdout
-    assert f"beginning at step {3 + processes}" in finished.stdout
-    assert_same_result(tmp_path / "whole", tmp_path / "stopped")
-    assert not list((tmp_path / "stopped").glob(".*.partial"))
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_that_accumulates_and_can_continue_it(launch, run_here, flags, tmp_path):
-    flags = [*flags, "--num_streams", "2", "--max_train_steps", "6"]
-    run_here("train_maetok", *flags, "--output_dir", tmp_path / "one", "--gradient_accumulation_steps", "2")
-    two = launch("train_maetok", *flags, "--output_dir", tmp_path / "two", processes=2)
-    assert two.returncode == 0, two.stdout
-    # the sums over images are made in another order, which Adam's first steps magnify
-    for first, second in zip(entries(tmp_path / "one"), entries(tmp_path / "two"), strict=True):
-        for name in ("loss", "reconstruction", "hog", "gradient_norm"):
-            assert first[name] == pytest.approx(second[name], rel=1e-3)
-    more = ["--max_train_steps", "7", "--gradient_accumulation_steps", "2", "--output_dir", tmp_path / "two"]
-    with pytest.warns(UserWarning, match="recipe.max_train_steps is 7 now and was 6"):
-        run_here("train_maetok", *flags, *more)
-    assert [entry["step"] for entry in entries(tmp_path / "two")] == list(range(1, 8))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["group", "launcher"])
 def test_signal_from_outside_stops_a_launched_run_with_data_workers(launch, flags, tmp_path, whom):
     conftest = sys.modules[launch.__module__]

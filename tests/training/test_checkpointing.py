@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,6 @@ from maetok_hf.training.checkpointing import (
     complete_checkpoints,
     data_identity,
     export,
-    find_checkpoint,
     model_digest,
 )
 from maetok_hf.training.optim import create_ema
@@ -52,10 +52,12 @@ class Run:
             num_attention_heads=1,
         )
         self.heads = torch.nn.ModuleDict({"hog": torch.nn.Linear(2, 3)})
+        self.judge = torch.nn.Linear(2, 1)  # a second trained module, with an optimiser of its own
         objective = torch.nn.ModuleList([self.model, self.heads])
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         self.optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
         self.prepared, self.optimizer = self.accelerator.prepare(objective, self.optimizer)
+        self.judge_optimizer = self.accelerator.prepare_optimizer(torch.optim.AdamW(self.judge.parameters(), lr=1e-2))
         self.ema = create_ema(self.model, 0.9)
         self.checkpointer = Checkpointer(
             self.accelerator,
@@ -63,7 +65,7 @@ class Run:
             identity,
             models={"tokenizer": self.model},
             ema={"tokenizer": self.ema},
-            modules={"auxiliary_decoders": self.heads},
+            modules={"auxiliary_decoders": self.heads, "judge": self.judge},
             total_limit=total_limit,
         )
 
@@ -73,16 +75,20 @@ class Run:
             latent = self.model.encode(images).latent
             loss = self.model.decode(latent).sample.square().mean() + self.heads["hog"](latent).square().mean()
             self.accelerator.backward(loss)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.judge(latent.detach()).square().mean().backward()
+            for optimizer in (self.optimizer, self.judge_optimizer):
+                optimizer.step()
+                optimizer.zero_grad()
             self.ema.step(self.model.parameters())
 
     def state(self):
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
         tensors |= {f"ema.{number}": value for number, value in enumerate(self.ema.shadow_params)}
-        for number, moments in enumerate(self.optimizer.state_dict()["state"].values()):
-            tensors |= {f"optimizer.{number}.{name}": value for name, value in moments.items()}
+        tensors |= {f"judge.{name}": value for name, value in self.judge.state_dict().items()}
+        for which, optimizer in enumerate((self.optimizer, self.judge_optimizer)):
+            for number, moments in enumerate(optimizer.state_dict()["state"].values()):
+                tensors |= {f"optimizer.{which}.{number}.{name}": value for name, value in moments.items()}
         return {name: value.clone() for name, value in tensors.items()}
 
 
@@ -173,30 +179,119 @@ def fail_with_full_disk(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    "place", ["torch.save", "safetensors", "state file", "rename"], ids=lambda name: name.replace(" ", "_")
-)
+def failing_at(count, function):
+    """`function`, which finds the disk full when it is called for the `count`-th time."""
+    calls = []
+
+    def wrapped(*arguments, **keywords):
+        calls.append(function)
+        return fail_with_full_disk() if len(calls) == count else function(*arguments, **keywords)
+
+    return wrapped
+
+
+PLACES = {
+    "weights": (AutoencoderMAE, "save_pretrained", 1),
+    "average": (AutoencoderMAE, "save_pretrained", 2),
+    "decoders": (checkpointing, "save_file", 1),
+    "first optimiser": (torch, "save", 1),
+    "second optimiser": (torch, "save", 2),
+    "random states": (torch, "save", 3),
+    "flushing": (checkpointing, "flush_to_disk", 1),
+    "state file": (checkpointing.json, "dump", 1),
+    "rename": (Path, "rename", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda name: name.replace(" ", "_"))
 def test_failed_save_leaves_the_earlier_checkpoint_intact(tmp_path, monkeypatch, place):
     run = Run(tmp_path, total_limit=1)
     run.train(range(1))
-    run.checkpointer.save(1, 0.0)
+    run.checkpointer.save(1, 0.0, extra={"skipped": 1})
     saved = run.state()
     run.train(range(1, 2))
+    owner, name, count = PLACES[place]
     with monkeypatch.context() as patch:
-        if place == "torch.save":
-            patch.setattr(torch, "save", fail_with_full_disk)
-        elif place == "safetensors":
-            patch.setattr(checkpointing, "save_file", fail_with_full_disk)
-        elif place == "state file":
-            patch.setattr(checkpointing.json, "dump", fail_with_full_disk)
-        else:
-            patch.setattr("pathlib.Path.rename", fail_with_full_disk)
+        patch.setattr(owner, name, failing_at(count, getattr(owner, name)))
         with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written .*No space left.*intact"):
-            run.checkpointer.save(2, 0.0)
+            run.checkpointer.save(2, 0.0, extra={"skipped": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     resumed = Run(tmp_path, seed=1)
-    assert resumed.checkpointer.load("latest")[0] == 1
+    assert resumed.checkpointer.load("latest") == (1, 0.0, {"skipped": 1})
     assert_same_state(saved, resumed.state())
+
+
+def test_state_that_is_no_json_is_a_failed_save(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"Tensor is not JSON serializable"):
+        run.checkpointer.save(1, 0.0, extra={"counts": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_extra_state_comes_back(tmp_path):
+    extra = {"skipped": 3, "counts": [1, 2], "name": "x", "rate": 0.1}
+    Run(tmp_path).checkpointer.save(1, 2.5, extra)
+    state = Run(tmp_path).checkpointer.load("latest")
+    assert (state.step, state.training_seconds, state.extra) == (1, 2.5, extra)
+
+
+def test_given_config_values_are_written_but_not_kept(tmp_path):
+    run = Run(tmp_path)
+    configs = {"tokenizer": {"latents_std": 2.0}, "tokenizer_ema": {"latents_mean": [0.5, 1.0], "latents_std": 3.0}}
+    run.checkpointer.save(1, 0.0, configs=configs)
+    for name, values in configs.items():
+        config = AutoencoderMAE.from_pretrained(tmp_path / "checkpoint-1" / name).config
+        expected = {"latents_mean": None} | values
+        assert {key: config[key] for key in expected} == expected
+    assert (run.model.config.latents_mean, run.model.config.latents_std) == (None, None)
+    again = Run(tmp_path)
+    again.checkpointer.load("latest")
+    assert again.model.config.latents_std is None
+
+
+def test_config_values_of_an_unknown_folder_are_refused(tmp_path):
+    message = r"`configs` names \['decoder'\], but the model folders are \['tokenizer', 'tokenizer_ema'\]"
+    with pytest.raises(ValueError, match=message):
+        Run(tmp_path).checkpointer.save(1, 0.0, configs={"decoder": {}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_scale_of_low_precision_gradients_comes_back(tmp_path):
+    run = Run(tmp_path)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**5)
+    run.checkpointer.save(1, 0.0)
+    again = Run(tmp_path)
+    again.accelerator.scaler = torch.amp.GradScaler("cpu")
+    again.checkpointer.load("latest")
+    assert again.accelerator.scaler.get_scale() == 2.0**5
+
+
+def test_average_that_missed_steps_continues_its_own_count(tmp_path):
+    run = Run(tmp_path)
+    run.train(range(3))
+    run.ema.optimization_step = 0  # the first update copies; a run may save before it
+    run.checkpointer.save(3, 0.0)
+    again = Run(tmp_path, seed=1)
+    again.checkpointer.load("latest")
+    assert again.ema.optimization_step == 0
+
+
+def test_disk_without_room_for_a_checkpoint_is_refused_before_training(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.train(range(1))
+    run.checkpointer.save(1, 0.0)
+    size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").rglob("*") if path.is_file())
+    asked = []
+
+    def disk_usage(free):
+        return lambda folder: (asked.append(folder), SimpleNamespace(free=free))[1]
+
+    monkeypatch.setattr(checkpointing.shutil, "disk_usage", disk_usage(size // 10))
+    with pytest.raises(ValueError, match=r"GB free and one checkpoint takes .* GB: make room"):
+        run.checkpointer.check_disk_space()
+    monkeypatch.setattr(checkpointing.shutil, "disk_usage", disk_usage(100 * size))
+    run.checkpointer.check_disk_space()
+    assert asked == [tmp_path, tmp_path]
 
 
 def test_half_written_checkpoint_is_never_picked_up_and_is_removed(tmp_path):
@@ -212,44 +307,11 @@ def test_half_written_checkpoint_is_never_picked_up_and_is_removed(tmp_path):
     assert (tmp_path / "checkpoint-7").exists()
 
 
-def test_newest_means_the_largest_step_not_the_last_name(tmp_path):
-    run = Run(tmp_path, total_limit=3)
-    for step in (9, 10, 100):
-        run.checkpointer.save(step, 0.0)
-    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
-
-
 def test_saving_the_same_step_again_keeps_the_first(tmp_path):
     run = Run(tmp_path)
     run.checkpointer.save(1, 1.0)
     run.checkpointer.save(1, 2.0)
     assert Run(tmp_path).checkpointer.load("latest") == (1, 1.0, {})
-
-
-def test_going_back_past_a_newer_checkpoint_is_refused(tmp_path):
-    run = Run(tmp_path, total_limit=3)
-    for step in (1, 2):
-        run.checkpointer.save(step, 0.0)
-    with pytest.raises(ValueError, match="also has checkpoint-2: remove those"):
-        find_checkpoint(tmp_path, "checkpoint-1")
-    # into another folder it is fine
-    other = tmp_path / "other"
-    other.mkdir()
-    assert find_checkpoint(other, str(tmp_path / "checkpoint-1")).name == "checkpoint-1"
-    assert find_checkpoint(tmp_path, "checkpoint-2").name == "checkpoint-2"
-
-
-def test_unknown_checkpoint_is_an_error_that_lists_the_complete_ones(tmp_path):
-    Run(tmp_path).checkpointer.save(4, 0.0)
-    with pytest.raises(ValueError, match=r"'checkpoint-5' is not a complete checkpoint.*checkpoint-4"):
-        find_checkpoint(tmp_path, "checkpoint-5")
-
-
-def test_new_run_does_not_mix_with_an_earlier_one(tmp_path):
-    assert find_checkpoint(tmp_path, "none") is None
-    Run(tmp_path).checkpointer.save(4, 0.0)
-    with pytest.raises(ValueError, match=r"checkpoints of an earlier run \(checkpoint-4\)"):
-        find_checkpoint(tmp_path, "none")
 
 
 def test_other_settings_are_refused_and_listed(tmp_path):

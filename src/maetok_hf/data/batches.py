@@ -32,8 +32,11 @@ def enter_worker() -> tuple[int, int]:
     if info is None:
         return 0, 1
     import fsspec
+    import pyarrow
 
     fsspec.asyn.reset_lock()  # a forked lock of a remote file system may be held for ever
+    # Arrow's other pools give memory back so eagerly that rows are read at a page fault for every 4 KiB.
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     # PIL warns in words that differ from file to file, of what is counted anyway or does not touch the pixels.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     return info.id, info.num_workers

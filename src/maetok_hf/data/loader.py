@@ -4,6 +4,7 @@ torch's loader takes fresh shared memory for every batch, at a page fault for ev
 batch by a connection of its own. Together that costs more than a tenth of what it takes to decode and crop the images.
 """
 
+import errno
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,10 +25,22 @@ class ImageSlots:
         num_workers (`int`): Data workers.
         per_worker (`int`): Slots of each.
         num_bytes (`int`): Size of the largest batch.
+
+    Raises:
+        OSError: If there is not enough shared memory.
     """
 
     def __init__(self, num_workers: int, per_worker: int, num_bytes: int):
-        self.memory = torch.empty(num_workers, per_worker, num_bytes, dtype=torch.uint8).share_memory_()
+        memory = torch.empty(num_workers, per_worker, num_bytes, dtype=torch.uint8)
+        try:
+            self.memory = memory.share_memory_()
+        except RuntimeError as error:
+            raise OSError(
+                errno.ENOSPC,
+                f"{memory.nbytes / 2**20:.0f} MiB of shared memory for the batches of {num_workers} data workers are "
+                f"not to be had ({error}): lower their number or `prefetch_factor`, or enlarge /dev/shm (`docker run` "
+                "takes `--shm-size`).",
+            ) from error
         self.lent = torch.zeros(num_workers, per_worker, dtype=torch.uint8).share_memory_()
 
     def claim(self, worker: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -81,17 +94,23 @@ class ImageSlots:
         return batch
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 class SlotLoader(torch.utils.data.DataLoader):
     """
     A loader for [`StreamingImages`], whose `slots` it sets in the workers.
 
     Args:
-        *arguments, **settings: See `torch.utils.data.DataLoader`.
+        dataset ([`StreamingImages`]): The data set.
         num_bytes (`int`): Size of the images of the largest batch.
+        **settings: See `torch.utils.data.DataLoader`.
     """
 
-    def __init__(self, *arguments: Any, num_bytes: int, **settings: Any):
-        super().__init__(*arguments, **settings)
+    def __init__(self, dataset: torch.utils.data.IterableDataset, *, num_bytes: int, **settings: Any):
+        # torch's own `collate_fn` would make tensors of the arrays in a packed batch.
+        super().__init__(dataset, batch_size=None, collate_fn=_as_it_is, **settings)
         self.num_bytes = num_bytes
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -195,7 +195,6 @@ class StreamingImages(torch.utils.data.IterableDataset):
         """
         return SlotLoader(
             self,
-            batch_size=None,
             num_workers=self.num_workers,
             pin_memory=pin_memory,
             prefetch_factor=prefetch_factor,

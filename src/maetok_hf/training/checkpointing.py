@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -194,8 +195,10 @@ class Checkpointer:
         Raises:
             ValueError: If the checkpoint does not exist or is incomplete, if it belongs to another run (the message
                 lists the differing settings), or if going back to it would leave newer checkpoints in the folder.
+            CheckpointError: If the folder cannot be written or is not the same for all processes.
         """
         self._on_main_process(lambda: remove_partial_checkpoints(self.output_dir), self.output_dir, None)
+        self._check_shared_folder()
         path = find_checkpoint(self.output_dir, resume_from)
         if path is None:
             return ResumedState(0, 0.0, {})
@@ -212,6 +215,21 @@ class Checkpointer:
         # Accelerate counts micro-batches; a checkpoint lies between steps whatever the accumulation was.
         self.accelerator.step = 0
         return ResumedState(state["step"], state["training_seconds"], state["extra"])
+
+    def _check_shared_folder(self) -> None:
+        """Every process must see what the first one writes: better asked now than at the first checkpoint."""
+        if self.accelerator.num_processes == 1:
+            return
+        # a name that no process, and so no cache of a network file system, has looked for before
+        number = torch.tensor([time.time_ns()], device=self.accelerator.device)
+        marker = self.output_dir / f".seen-{self.accelerator.gather(number)[0].item()}.partial"
+        self._on_main_process(marker.mkdir, self.output_dir, None)
+        self._on_all_processes(lambda: self._check_seen(marker), self.output_dir, marker)
+        self._on_main_process(marker.rmdir, self.output_dir, None)
+
+    def _check_seen(self, path: Path) -> None:
+        if not path.exists():
+            raise OSError(f"process {self.accelerator.process_index} does not see {path}: use a shared file system")
 
     def _gathered(self, folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
         """
@@ -237,13 +255,11 @@ class Checkpointer:
 
     def _write_own(self, folder: Path) -> None:
         """What every process writes for itself."""
-        index = self.accelerator.process_index
-        if not folder.is_dir():
-            raise OSError(f"process {index} does not see {folder}: it needs a shared file system")
+        self._check_seen(folder)
         if self._is_deepspeed:
             self.accelerator.save_state(str(folder))
         else:
-            save_accelerator_state(str(folder), [], [], [], [], index, step=0)
+            save_accelerator_state(str(folder), [], [], [], [], self.accelerator.process_index, step=0)
         if self.accelerator.is_local_main_process:
             flush_to_disk(folder)
 

@@ -1,7 +1,9 @@
 """Stopping a run between two steps when it is asked to, on all processes at once."""
 
+import atexit
 import fcntl
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -30,6 +32,7 @@ class StopRequest:
         # A group of its own on the CPU: asking must neither wait for the accelerator nor disturb its collectives.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._group = torch.distributed.new_group(backend="gloo") if distributed else None
+        atexit.register(_end_data_workers)
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def release(self) -> None:
@@ -57,12 +60,23 @@ class StopRequest:
         return int(number)
 
 
+def _end_data_workers() -> None:
+    """
+    End what is left of the data workers when this process ends, however it fails. Otherwise multiprocessing would send
+    them the one SIGTERM that they ignore, and wait for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each, after the error that matters
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 def outlive_stop_signal(worker_id: int) -> None:
     """
     `worker_init_fn` of a data loader: a signal to the whole process group must not kill the workers before the
-    training process has finished its step.
+    training process has finished its step. The training process must have a [`StopRequest`], which ends them.
 
-    Only the first SIGTERM is ignored, because it is also what ends the workers of a training process that fails.
+    Only the first SIGTERM is ignored: a worker that hangs can still be ended by a second one.
 
     Args:
         worker_id (`int`): Number of the worker.

@@ -57,6 +57,32 @@ def configure_sharding(accelerator: "Accelerator", several_models: bool) -> None
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
+def configure_deepspeed(accelerator: "Accelerator", micro_batch_size: int, max_grad_norm: float) -> None:
+    """
+    Tell DeepSpeed, if the run is under it, what it does itself or asks for. Call it before `accelerator.prepare`.
+
+    Args:
+        accelerator (`Accelerator`): As the launcher configured it.
+        micro_batch_size (`int`): Images in one forward pass of one process.
+        max_grad_norm (`float`): Norm to which gradients are clipped, which DeepSpeed does in its own step.
+
+    Raises:
+        ValueError: If mixed precision is asked of accelerate: DeepSpeed would store the weights themselves in low
+            precision. `deepspeed_zero2.json` has DeepSpeed compute under autocast instead.
+    """
+    if accelerator.distributed_type != "DEEPSPEED":
+        return
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"`mixed_precision` is {accelerator.mixed_precision}, which would store the weights in low precision "
+            "under DeepSpeed: leave it out, and set `torch_autocast` as "
+            "examples/accelerate_configs/deepspeed_zero2.json does."
+        )
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = micro_batch_size
+    config["gradient_clipping"] = max_grad_norm
+
+
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """
     A tensor that may lie in pieces, such as the norm of sharded gradients, as an ordinary one.
