@@ -3,7 +3,7 @@
 The bare rate is that of processes which do nothing but decode a JPEG of 500 x 375 pixels from memory, crop it as ADM
 does and make a uint8 tensor of it: in the usual way (`plain`), and by the library's own transform (`transform`), which
 gives the same pixels a little sooner. Against both stands `StreamingImages` with as many data workers, over a parquet
-file and over a data set in memory, as in training: shuffled in blocks, keyed flips, batches handed to the main process.
+file and over a data set in memory, as in training: shuffled in blocks, keyed flips, batches for the main process.
 
 They are measured in turn, so that whatever else the machine does slows all of them, and the ratio of neighbors is what
 counts. Processor time (of the workers and the main process together) is less disturbed by other jobs than the clock,
@@ -19,12 +19,10 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ import PIL.Image
 import psutil
 import torch
 
+from benchmarks.machine import machine, machine_line, table, write_results
 from maetok_hf.data import ImageSource, ImageTransform, StreamingImages, open_images
 from maetok_hf.data.transforms import resize_short_side
 
@@ -91,6 +90,9 @@ def plain(jpeg: bytes, resolution: int) -> torch.Tensor:
 def transform(jpeg: bytes, resolution: int) -> torch.Tensor:
     """The same by the library."""
     return ImageTransform(resolution).to_uint8(PIL.Image.open(io.BytesIO(jpeg)))
+
+
+BARE = {"plain": plain, "transform": transform}
 
 
 def bare_process(
@@ -214,40 +216,59 @@ def compare(measures: dict[str, Callable], num_images: int, num_rounds: int) -> 
     return result
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code; names no machine."""
-    packages = ("torch", "pillow", "numpy", "pyarrow", "datasets")
-    return {
-        "processors": os.cpu_count(),
-        "usable_processors": len(os.sched_getaffinity(0)),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "libjpeg_turbo": PIL.features.version("libjpeg_turbo"),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-    }
+def load_average() -> list[float]:
+    """Of the last 1, 5 and 15 minutes."""
+    return [round(value, 2) for value in os.getloadavg()]
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result in words and a table."""
+    settings, facts, rows, rates = result["settings"], result["machine"], [], []
+    for source in ("parquet", "in_memory"):
+        for bare in BARE:
+            ratios = result[source][f"loader_to_{bare}"].values()
+            cells = [f"{r['median']:.3f} ({r['quartile_1']:.3f} to {r['quartile_3']:.3f})" for r in ratios]
+            rows.append([source.replace("_", " "), bare, *cells])
+            rates += [result[source][bare]["images_per_second"][end] for end in ("min", "max")]
+    size, resolution = result["mean_file_bytes"] / 1000, settings["resolution"]
+    lines = [
+        "# The streamed loader against the bare rate",
+        "",
+        f"JPEG files of {WIDTH} x {HEIGHT} pixels ({size:.0f} kB on average) to uint8 tensors of {resolution} x "
+        f"{resolution}: {settings['num_workers']} workers against as many processes, batches of "
+        f"{settings['batch_size']}. Medians and quartiles of {settings['num_rounds']} rounds.",
+        "",
+        *table(["source", "bare rate", "ratio by the clock", "ratio by processor time"], rows),
+        f"The bare rates themselves were between {min(rates):.0f} and {max(rates):.0f} images per second, at load "
+        f"averages of {facts['load_average'][0]} (begin) and {facts['load_average_at_the_end'][0]} (end).",
+        "",
+        f"Measured on {machine_line(facts)}, libjpeg-turbo {facts['libjpeg_turbo']}, by",
+        "`python -m benchmarks.data_loading --output benchmarks/results/data_loading.json`.",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--output", type=Path, help="JSON file for the result, with a page beside it")
     parser.add_argument("--num_workers", type=int, default=2, help="data workers, and processes of the bare rate")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--block_size", type=int, default=512)
     parser.add_argument("--num_files", type=int, default=2048, help="different JPEG files")
     parser.add_argument("--quality", type=int, default=95, help="of the JPEG files")
-    parser.add_argument("--num_images", type=int, default=2048, help="images of one measurement")
-    parser.add_argument("--num_rounds", type=int, default=15, help="measurements of each kind")
+    parser.add_argument("--num_images", type=int, default=1024, help="images of one measurement")
+    parser.add_argument("--num_rounds", type=int, default=11, help="measurements of each kind")
     arguments = parser.parse_args()
 
     result: dict[str, Any] = {"settings": {k: v for k, v in vars(arguments).items() if k != "output"}}
     jpegs = make_jpegs(arguments.num_files, arguments.quality)
     result["mean_file_bytes"] = round(sum(map(len, jpegs)) / len(jpegs))
-    result["machine"] = machine()
-    bare = {
-        make.__name__: Bare(make, jpegs, arguments.resolution, arguments.num_workers) for make in (plain, transform)
+    result["machine"] = machine("pillow", "numpy", "pyarrow", "datasets") | {
+        "libjpeg_turbo": PIL.features.version("libjpeg_turbo"),
+        "load_average": load_average(),
     }
+    bare = {name: Bare(make, jpegs, arguments.resolution, arguments.num_workers) for name, make in BARE.items()}
     with tempfile.TemporaryDirectory() as folder:
         sources = {"parquet": open_parquet(jpegs, Path(folder)), "in_memory": open_in_memory(jpegs)}
         for name, source in sources.items():
@@ -260,10 +281,9 @@ def main() -> None:
             del measures, loader  # ends its workers
     for processes in bare.values():
         processes.close()
-    result["machine"]["load_average_at_the_end"] = [round(value, 2) for value in os.getloadavg()]
+    result["machine"]["load_average_at_the_end"] = load_average()
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_results(arguments.output.parent, arguments.output.stem, result, describe(result))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """How much computing each recipe of a tokenizer asks for: computed, not measured.
 
-Floating-point operations of the forward and backward passes of one image are counted by torch's `FlopCounterMode` while
-the recipe's own networks, at their published sizes, run on tensors without values. A multiply-add is two operations;
-matrix products, attention and convolutions count, elementwise work (norms, activations, HOG, DiffAugment, the
-optimiser) does not, nor does what attention recomputes in fused kernels. Times follow from an assumed share of the peak.
+Floating-point operations of the forward and backward passes of one image are counted by torch's `FlopCounterMode`,
+while the recipe's own networks, at their published sizes, run on tensors without values. A multiply-add is two
+operations; matrix products, attention and convolutions count, elementwise work (norms, activations, HOG, DiffAugment,
+the optimiser) does not, nor does what attention recomputes in fused kernels. Times follow from an assumed share of the
+devices' peak.
 
     python -m benchmarks.training_cost --update_recipes
 
@@ -201,15 +202,15 @@ def to_markdown(report: dict[str, Any]) -> str:
         [
             "# What training a tokenizer costs",
             "",
-            "Computed, not measured. GFLOP per image are those of a step with all losses, forward and backward; before "
-            "the discriminator begins a step has less, which the sum over the training takes into account. Days are "
+            "Computed, not measured. GFLOP per image are those of a step with all losses, forward and backward. The "
+            "steps before the discriminator begins have less, which the sum over the training takes into account. Days are "
             "those of one device; several share them.",
             "",
             *table(head, rows),
             "## GFLOP of one image by part",
             "",
-            "Decoders of targets and the pixel decoder forward and backward; teachers (`target`) forward; LPIPS on both "
-            "images, backward to the reconstruction. The adversarial term is the discriminator's look at a "
+            "Encoder (of stage 2: forward only) and decoders forward and backward; teachers (`target`) forward; LPIPS "
+            "on both images, backward to the reconstruction. The adversarial term is the discriminator's look at a "
             "reconstruction and back; its own step looks at four images (an image and its reconstruction, each "
             "augmented twice).",
             "",
@@ -232,7 +233,8 @@ def report_of(names: list[str]) -> dict[str, Any]:
     return {
         "command": COMMAND,
         "assumptions": [
-            "a multiply-add is 2 operations; matrix products, attention (without recomputation) and convolutions count",
+            "a multiply-add is 2 operations; matrix products, convolutions and attention (without recomputation) "
+            "count, elementwise work does not",
             f"{SHARE} of the dense bfloat16 peak is used: of {peaks}; not measured, and LPIPS and the heads "
             "of the discriminator compute in float32, at a lower peak",
             "no gradient checkpointing, which would repeat the forward passes of encoder and decoder",

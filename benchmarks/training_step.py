@@ -1,11 +1,13 @@
-"""A step of `examples/train_maetok.py` without its data, processes and reports, on networks of the published sizes with
-random weights: nothing is downloaded. Other benchmarks count what it costs."""
+"""A step of `examples/train_maetok.py` without its data, processes and reports, for benchmarks that count its cost.
+
+Networks have their published sizes and random weights, or none: nothing is downloaded.
+"""
 
 import contextlib
 import functools
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -111,11 +113,11 @@ def tokenizer_recipes() -> list[str]:
 
 
 def allocate(module: torch.nn.Module, device: str) -> None:
-    """Replace parameters and buffers by uninitialized ones on a device."""
+    """Replace parameters and buffers by zeros on a device."""
     # `to_empty` does not take fake tensors in the place of those that it finds
     for part in module.modules():
         for name, old in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-            new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+            new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device).zero_()
             if isinstance(old, torch.nn.Parameter):
                 new = torch.nn.Parameter(new, old.requires_grad)
             setattr(part, name, new)
@@ -123,8 +125,8 @@ def allocate(module: torch.nn.Module, device: str) -> None:
 
 class TrainingStep:
     """
-    What a recipe trains, and a step of it. It is built without memory: call `allocate`. Within torch's `FakeTensorMode`
-    that takes no memory either, and steps compute nothing but shapes.
+    What a recipe trains, and a step of it. It is built without memory: call `allocate`. Within torch's
+    `FakeTensorMode` that takes no memory either, and steps compute nothing but shapes.
 
     Args:
         recipe ([`TokenizerRecipe`]): The recipe.
@@ -145,7 +147,7 @@ class TrainingStep:
 
     def allocate(self, device: str) -> "TrainingStep":
         """
-        Give everything memory, without values that mean anything, and make the optimisers and the moving average.
+        Give everything memory, zeros for weights, and make the optimisers and the moving average.
 
         Args:
             device (`str`): Where it computes from now on, in bfloat16 by autocast.

@@ -14,7 +14,7 @@ The whole published recipe on ImageNet (log in first: the data set is gated), 8 
 On a folder of images of your own, where every recipe value has a flag of its name:
 
     accelerate launch examples/train_maetok.py --recipe maetok-b-128-256 --dataset_name path/to/folder \
-        --output_dir outputs/mine --total_batch_size 64 --gradient_accumulation_steps 4 --max_train_steps 20000
+        --output_dir outputs/mine --total_batch_size 64 --gradient_accumulation_steps 4 --max_train_steps 50000
 
 Sharded over several machines, or several GPUs that are too small for one copy: see examples/accelerate_configs.
 
@@ -28,6 +28,7 @@ import argparse
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ class TokenizerTraining:
         # Stage 2 leaves the latents as they are, and a generator may have been trained on them already.
         self.latents_change = recipe.stage == "mask_modelling" or self.tokenizer.config.latents_mean is None
         if options.gradient_checkpointing:
-            self.tokenizer.enable_gradient_checkpointing()
+            self.objective.enable_gradient_checkpointing()
         if options.torch_compile:
             self.objective.compile_repeated_blocks()
 
@@ -232,12 +233,12 @@ class TokenizerTraining:
         judged = self.discriminator is not None and scales["adversarial"] > 0
         inputs = self.make_inputs(step, batch)
         with self.accelerator.autocast():
-            draws = self.adversarial_draws("generator", step, batch) if judged else None
+            draws = self.adversarial_draws("generator", step, batch, ["fake"]) if judged else None
             terms, reconstructions = self.model(**inputs, scales=scales, adversarial_draws=draws)
         self.run.backward(terms["loss"])
         if judged:
             with self.accelerator.autocast():
-                draws = self.adversarial_draws("discriminator", step, batch)
+                draws = self.adversarial_draws("discriminator", step, batch, self.discriminator.looks)
                 opinion = self.discriminator(inputs["pixel_values"], reconstructions, draws)
             loss = StepGuard.expose(opinion.pop("loss"))
             (loss / self.options.gradient_accumulation_steps).backward()
@@ -247,12 +248,17 @@ class TokenizerTraining:
             return
 
         # Not `accelerator.clip_grad_norm_`, which would unscale the gradients of both optimisers under fp16.
-        self.accelerator.unscale_gradients(self.optimizer)
-        norms = {"gradient_norm": clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)}
+        norms = {}
         if judged:
             heads = list(self.discriminator.parameters())
             average_gradients(heads)
             norms["discriminator_gradient_norm"] = clip_grad_norm_(heads, self.recipe.max_grad_norm)
+            if self.optimizer.scaler is not None:
+                # The scaler skips by the tokenizer's gradients alone: one of them must show what is wrong with these.
+                finite = norms["discriminator_gradient_norm"].isfinite()
+                self.parameters[0].grad.mul_(torch.where(finite, 1.0, torch.nan))
+        self.accelerator.unscale_gradients(self.optimizer)
+        norms["gradient_norm"] = clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
         self.run.admit(norms)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -277,9 +283,9 @@ class TokenizerTraining:
             inputs["token_indices"] = self.captions_to_tokens(batch["captions"])
         return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
 
-    def adversarial_draws(self, side: str, step: int, batch: dict) -> dict[str, torch.Tensor]:
-        """What is random in a look of the discriminator, on the device."""
-        draws = sample_adversarial_draws(self.options.seed, side, step, batch["indices"])
+    def adversarial_draws(self, side: str, step: int, batch: dict, looks: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What is random in looks of the discriminator, on the device."""
+        draws = sample_adversarial_draws(self.options.seed, side, step, batch["indices"], looks)
         return {name: draw.to(self.device, non_blocking=True) for name, draw in draws.items()}
 
     def report_epoch(self, epoch: int) -> None:

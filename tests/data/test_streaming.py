@@ -1,13 +1,14 @@
 import itertools
 import logging
 import pickle
+import re
 import traceback
 
 import numpy as np
 import pytest
 import torch
 
-from maetok_hf.data import COUNT_NAMES, ImageSource, StreamingImages, describe_counts
+from maetok_hf.data import COUNT_NAMES, ImageSource, StreamingImages, describe_counts, resolution_at
 from maetok_hf.data.order import epoch_order
 
 
@@ -259,6 +260,63 @@ def test_crop_and_flip_belong_to_the_sample_and_the_epoch(make_source):
     assert sum(not torch.equal(first[index], later[index]) for index in first.keys() & later.keys()) > 30
 
 
+MIXED = {"resolution": (8, 16, 12), "resolution_weights": (2, 1, 1)}
+
+
+def test_all_images_of_a_step_have_the_resolution_of_the_step(make_source):
+    images = stream(make_source(), **MIXED)
+    assert images.resolutions == (8, 16, 12)
+    found = [batch["images"].shape[-1] for batch in take(images, 2 * MICRO_BATCHES)]
+    expected = [
+        resolution_at(SETTINGS["seed"], step, (8, 16, 12), (2, 1, 1)) for step in range(2 * MICRO_BATCHES // 4)
+    ]
+    assert found == [resolution for resolution in expected for _ in range(4)]
+    assert set(found) == {8, 16, 12}
+    assert [images.resolution_of(number) for number in range(2 * MICRO_BATCHES)] == found
+
+
+def test_the_resolution_changes_nothing_but_the_size_of_the_images(make_source):
+    source = make_source()
+    alone = {size: take(stream(source, resolution=size), MICRO_BATCHES + 4) for size in (8, 16, 12)}
+    for number, batch in enumerate(take(stream(source, **MIXED), MICRO_BATCHES + 4)):
+        same = {**alone[batch["images"].shape[-1]][number], "counts": batch["counts"]}
+        assert_equal([batch], [same])
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "num_workers"), [(1, 4, 2), (2, 2, 0), (2, 2, 2), (4, 1, 0)])
+def test_mixed_resolutions_do_not_depend_on_processes_accumulation_and_workers(
+    make_source, world_size, accumulation, num_workers
+):
+    source, count = make_source("parquet"), MICRO_BATCHES + 8
+    settings = {**MIXED, "world_size": world_size, "gradient_accumulation_steps": accumulation}
+    received = [None] * count
+    for rank in range(world_size):
+        images = stream(source, **settings, rank=rank, num_workers=num_workers)
+        received[rank::world_size] = take(images, count // world_size)
+    assert_equal(received, take(stream(source, **MIXED), count))
+
+
+@pytest.mark.parametrize("start", [0, 4, 9, MICRO_BATCHES + 1])
+def test_a_restart_goes_on_with_the_resolution_of_its_step(make_source, start):
+    source = make_source()
+    expected = take(stream(source, **MIXED), start + 6)
+    assert_equal(take(stream(source, **MIXED, start_micro_batch=start, num_workers=2), 6), expected[start:])
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_batches_that_are_let_go_and_batches_that_are_kept_are_the_same(make_source, num_workers):
+    source, expected = make_source(), take(stream(make_source()), 24)
+    loader = iter(stream(source, num_workers=num_workers).dataloader())
+    kept = []
+    for number in range(24):
+        batch = next(loader)
+        assert_equal([batch], [expected[number]])
+        if number % 3 == 0:
+            kept.append((number, batch["images"][1:]))
+    for number, images in kept:
+        assert torch.equal(images, expected[number]["images"][1:])
+
+
 def test_global_random_state_is_neither_read_nor_changed(make_source):
     source = make_source()
     torch.manual_seed(1)
@@ -372,6 +430,7 @@ def test_required_labels_must_exist(make_source, toy):
     ("argument", "value"),
     [
         ("resolution", 0),
+        ("resolution_weights", (1, 2)),
         ("batch_size", 0),
         ("batch_size", 2.0),
         ("seed", 1.5),
@@ -389,7 +448,7 @@ def test_required_labels_must_exist(make_source, toy):
 def test_bad_arguments_are_named(make_source, argument, value):
     settings = {"source": make_source(), **SETTINGS, argument: value}
     shown = "str" if argument == "source" else str(value)
-    with pytest.raises(ValueError, match=f"`{argument}`.*{shown}"):
+    with pytest.raises(ValueError, match=f"`{argument}`.*{re.escape(shown)}"):
         StreamingImages(**settings)
 
 

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 
-from maetok_hf.data import ImageTransform, to_rgb
+from maetok_hf.data import ImageTransform, to_pixel_values, to_rgb
 from maetok_hf.data.transforms import MAX_ASPECT_RATIO, resize_short_side
 from maetok_hf.seeding import keyed_generator
 
@@ -235,3 +235,58 @@ def test_an_unreadable_exif_block_does_not_cost_the_image():
     pixels = noise(4, 6)
     image = reopened(PIL.Image.fromarray(pixels), "PNG", exif=b"Exif\x00\x00this is no TIFF header")
     np.testing.assert_array_equal(np.asarray(to_rgb(image)), pixels)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+@pytest.mark.parametrize(
+    "size",
+    [(16, 16), (16, 40), (40, 16), (15, 16), (20, 21), (31, 33), (33, 31), (50, 70), (64, 700), (300, 7), (1, 1)],
+)
+def test_skipping_what_is_cut_off_leaves_every_pixel_as_it_is(size, crop):
+    image = PIL.Image.fromarray(noise(*size))
+    for index in range(20):
+        draws = torch.rand(4, generator=keyed_generator(0, "augment", 0, index)).tolist()
+        result = ImageTransform(16, crop=crop).to_uint8(image, keyed_generator(0, "augment", 0, index))
+        resized = resize_short_side(image, 16 + (int(draws[0] * 5) if crop == "random" else 0))
+        left, top = (resized.width - 16) // 2, (resized.height - 16) // 2
+        if crop == "random":
+            left, top = int(draws[1] * (resized.width - 15)), int(draws[2] * (resized.height - 15))
+        expected = np.asarray(resized)[top : top + 16, left : left + 16]
+        np.testing.assert_array_equal(result.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_a_call_gives_the_floats_of_the_8_bit_pixels(mode):
+    image = PIL.Image.fromarray(noise(50, 70)).convert(mode)
+    transform = ImageTransform(32, crop="random", random_flip=True)
+    pixels = transform.to_uint8(image, keyed_generator(0, "augment", 0, 1))
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    assert torch.equal(to_pixel_values(pixels), transform(image, keyed_generator(0, "augment", 0, 1)))
+    out = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    transform.write(image, out[1], keyed_generator(0, "augment", 0, 1))
+    assert torch.equal(out[1], pixels) and not out[0].any()
+
+
+def test_pixel_values_are_x_over_127_5_minus_1_to_the_bit():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    values = to_pixel_values(images)
+    assert values.dtype == torch.float32 and values.shape == images.shape
+    assert torch.equal(values, images.to(torch.float32) / 127.5 - 1)
+    assert values.min() == -1 and values.max() == 1
+    assert torch.equal(((values + 1) * 127.5).round().to(torch.uint8), images)
+    assert images.flatten().tolist() == list(range(256)), "the images themselves are left alone"
+
+
+def test_pixel_values_of_another_type_are_rounded_once():
+    images = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert torch.equal(to_pixel_values(images, dtype=dtype), to_pixel_values(images).to(dtype))
+
+
+def test_pixel_values_go_to_the_device_that_is_named():
+    assert to_pixel_values(torch.zeros(2, dtype=torch.uint8), "meta").device.type == "meta"
+
+
+def test_pixel_values_are_not_made_of_floats():
+    with pytest.raises(ValueError, match=r"`images` must be uint8.*torch\.float32"):
+        to_pixel_values(torch.zeros(2))

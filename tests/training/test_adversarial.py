@@ -115,12 +115,11 @@ def test_last_layer_gradient_norm_is_that_of_the_weight(bias):
     assert norm.dtype == torch.float32 and not norm.requires_grad
 
 
-def test_last_layer_gradient_norm_leaves_the_graph_and_the_gradients_alone():
+def test_last_layer_gradient_norm_leaves_the_gradients_and_what_is_before_the_output_alone():
     layer, hidden, output = linear_network()
-    loss = output.square().mean()
-    last_layer_gradient_norm(loss, hidden, output)
+    last_layer_gradient_norm(output.square().mean(), hidden, output)
     assert layer.weight.grad is None
-    loss.backward()
+    output.sum().backward()
     assert layer.weight.grad is not None
 
 

@@ -336,7 +336,7 @@ def test_ddp_wraps_the_heads_and_the_generator_step_stays_outside(real, fake, dr
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loss": "bce"}, "`loss_type` must be one of 'hinge', 'non_saturating', got 'bce'"),
+        ({"loss": "bce"}, "`loss` must be one of 'hinge', 'non_saturating', got 'bce'"),
         ({"lecam_weight": -1.0}, "`lecam_weight` must be finite and not negative, got -1.0"),
         ({"consistency_weight": math.nan}, "`consistency_weight` must be finite and not negative, got nan"),
         ({"lecam_decay": 1.0}, r"`lecam_decay` must be in \[0, 1\), got 1.0"),

@@ -194,3 +194,9 @@ def test_default_ema_decay_is_the_published_one():
 def test_bad_ema_decay_raises(decay):
     with pytest.raises(ValueError, match="`decay`"):
         create_ema(tiny_transformer(), decay)
+
+
+def test_matrices_with_spectral_norm_decay_like_others():
+    layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv1d(3, 4, 5))
+    decayed, undecayed = weight_decay_groups(layer, 0.1)
+    assert [p.shape for p in decayed["params"]] == [(4, 3, 5)] and [p.shape for p in undecayed["params"]] == [(4,)]

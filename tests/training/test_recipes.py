@@ -41,7 +41,8 @@ def test_shipped_recipe_loads_and_begins_with_its_expected_result_and_cost(path)
     recipe = load_recipe(recipe_class(path), path)
     comments = path.read_text().splitlines()
     assert comments[0].startswith("# Expected: ")
-    assert any(line.startswith("# Cost: ") for line in comments[:5])
+    (cost,) = [line for line in comments[:5] if line.startswith("# Cost: ")]
+    assert any(character.isdigit() for character in cost) and "COST" not in cost
     assert recipe.max_train_steps > recipe.lr_warmup_steps
 
 
@@ -113,6 +114,19 @@ def test_unknown_model_key_is_an_error_that_names_the_closest_one(write):
         ("mixed_resolutions: [256, 512]\nauxiliary_num_layers: 0\n", r"a linear decoder, is tied to one image size"),
         ("perceptual_weight: -1\n", r"`perceptual_weight` must be 0 or more, got -1.0"),
         ("adversarial_start_step: -1\n", r"`adversarial_start_step` must be 0 or more, got -1"),
+        ("max_train_steps: 20000\n", r"`adversarial_start_step` = 30000 is not before the end of the run"),
+        (
+            "diffaugment: []\n",
+            r"`consistency_weight` compares two .*, but `diffaugment` is empty",
+        ),
+        ("auxiliary_hidden_size: 100\n", r"`auxiliary_hidden_size` \(100\) must be"),
+        ("auxiliary_targets: [text]\nauxiliary_num_layers: 0\n", r"cannot predict 'text'"),
+        ("mask_ratio_mean: 0.0\nmask_ratio_std: 0.01\n", r"has no mass in"),
+        ("hog_weight: .inf\n", r"`hog_weight` must be finite, got inf"),
+        (
+            "auxiliary_targets: [text]\nmixed_resolutions: [256, 512]\nmodel: {num_latent_tokens: 0}\n",
+            r"different numbers of image tokens",
+        ),
         ("lecam_decay: 1.0\n", r"`lecam_decay` must lie in \[0, 1\), got 1.0"),
         ("model: 3\n", r"`model` must be of type `dict`"),
         ("model: {hidden_size: wide}\n", r"`model: hidden_size` must be of type `int`, got 'wide'"),
@@ -147,7 +161,8 @@ def test_bad_value_is_an_error_that_names_it(write, text, message):
         ("auxiliary_targets: [hog]\ndinov2_model: x\n", "dinov2_model"),
         ("auxiliary_targets: [hog]\nteacher_loss: mse\n", "teacher_loss"),
         ("text_length: 5\n", "text_length"),
-        ("auxiliary_num_layers: 0\nauxiliary_hidden_size: 64\n", "auxiliary_hidden_size"),
+        ("auxiliary_num_layers: 0\nauxiliary_hidden_size: 96\n", "auxiliary_hidden_size"),
+        ("lr_scheduler: constant\nfinal_learning_rate_fraction: 0.1\n", "final_learning_rate_fraction"),
         ("perceptual_weight: 0\nperceptual_network: alex\n", "perceptual_network"),
         ("adversarial_weight: 0\nadversarial_loss: hinge\n", "adversarial_loss"),
         ("adversarial_weight: 0\ndiffaugment: [color]\n", "diffaugment"),
@@ -224,6 +239,11 @@ def test_pixel_terms_warm_up_and_start_when_the_recipe_says():
     assert [scale["adversarial"] for scale in scales] == [0.0, 0.0, 0.5, 1.0, 1.0]
     at_once = TokenizerRecipe(perceptual_warmup_steps=0, adversarial_start_step=0)
     assert at_once.loss_scales_at(0) == {"perceptual": 1.0, "adversarial": 1.0}
+
+
+def test_a_cosine_ends_at_its_fraction_of_the_peak():
+    recipe = TokenizerRecipe(final_learning_rate_fraction=0.1)
+    assert recipe.learning_rate_at(recipe.max_train_steps) == pytest.approx(0.1 * recipe.peak_learning_rate)
 
 
 def test_discriminator_has_the_schedule_of_the_tokenizer_at_its_own_rate():

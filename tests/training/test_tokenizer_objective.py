@@ -386,9 +386,9 @@ def test_scales_multiply_weights_and_zero_leaves_a_term_out(images, mask):
     assert set(terms) == {"loss", "reconstruction", "perceptual"} and adversary.calls == []
     assert torch.allclose(terms["loss"], terms["reconstruction"] + 0.5 * terms["perceptual"])
     with pytest.raises(ValueError, match="`scales` may name 'perceptual' and 'adversarial', got 'hog'"):
-        objective(images, mask, scales={"hog": 1.0})
+        objective(images, mask, scales={"hog": 1.0}, adversarial_draws=DRAWS)
     with pytest.raises(ValueError, match="must be finite and not negative, got -1.0"):
-        objective(images, mask, scales={"perceptual": -1.0})
+        objective(images, mask, scales={"perceptual": -1.0}, adversarial_draws=DRAWS)
 
 
 @pytest.mark.parametrize("term", ["perceptual", "adversarial"])
@@ -421,6 +421,32 @@ def test_what_is_frozen_is_no_part_of_the_module(images, mask):
     objective.move_frozen("meta")
     assert {p.device.type for p in (*target.parameters(), *perceptual.parameters())} == {"meta"}
     assert {p.device.type for p in parameters} == {"cpu"}
+
+
+def test_draws_are_needed_exactly_where_they_have_an_effect(images, mask):
+    objective, _ = objective_with_pixel_terms()
+    with pytest.raises(ValueError, match="`adversarial_draws` is needed by the adversary"):
+        objective(images, mask)
+    with pytest.raises(ValueError, match="`adversarial_draws` has no effect"):
+        objective(images, mask, scales={"adversarial": 0.0}, adversarial_draws=DRAWS)
+    with pytest.raises(ValueError, match="`adversarial_draws` has no effect"):
+        TokenizerObjective(tiny_tokenizer())(images, mask, adversarial_draws=DRAWS)
+
+
+def test_gradient_checkpointing_reaches_every_decoder_and_changes_nothing(images, mask):
+    plain, checkpointed = objective_with_hog(), objective_with_hog()
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.enable_gradient_checkpointing()
+    auxiliary = checkpointed.auxiliary_decoders["hog"].decoder
+    stacks = [checkpointed.tokenizer.encoder, checkpointed.tokenizer.decoder, auxiliary]
+    assert all(stack.gradient_checkpointing for stack in stacks)
+    calls = []  # a pre-hook: the second run ends as soon as it has what it needs
+    auxiliary.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for objective in (plain, checkpointed):
+        terms_of(objective, images, mask)["loss"].backward()
+    assert len(calls) == 2  # once more in the backward pass
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 def test_decoder_finetuning_has_the_same_pixel_terms(images, mask):

@@ -1,6 +1,7 @@
 """The whole recipe as modules: one step of it, with tiny networks of random weights, at the published geometry."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from maetok_hf.training.discriminator_objective import sample_adversarial_draws
 from maetok_hf.training.draws import sample_noise
 from maetok_hf.training.masking import sample_masks
+from maetok_hf.training.recipes import load_recipe
 from maetok_hf.training.tokenizer_parts import (
     make_caption_tokenizer,
     make_discriminator_objective,
@@ -133,6 +135,27 @@ def test_every_ablation_is_a_recipe(full_recipe, settings):
     assert objective.tokenizer.encoder.patch_embed.weight.grad.abs().sum() > 0
 
 
+ABLATIONS = sorted((Path(__file__).parents[2] / "examples" / "recipes" / "ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_every_shipped_ablation_builds_and_learns(full_recipe, path):
+    tiny = full_recipe(64)
+    recipe = load_recipe(TokenizerRecipe, path)
+    model = recipe.model | {name: MODEL[name] for name in MODEL if name != "num_latent_tokens"}
+    model["num_latent_tokens"] = min(recipe.model["num_latent_tokens"], 8)
+    names = ("discriminator_model", "dinov2_model", "siglip_model", "text_tokenizer", "perceptual_network", *SIZES)
+    settings = {name: getattr(tiny, name) for name in names} | {"auxiliary_num_layers": recipe.auxiliary_num_layers}
+    settings |= {"discriminator_image_size": 32, "adversarial_start_step": 0, "mixed_resolutions": []}
+    recipe = dataclasses.replace(recipe, resolution=64, model=model, mixed_resolution_weights=[], **settings)
+    objective, _, captions = parts_of(recipe)
+    inputs = inputs_of(recipe, captions)
+    if recipe.model.get("gaussian_posterior"):
+        inputs["posterior_noise"] = sample_noise(0, "posterior", 0, [0], (8, 4))
+    objective(**inputs)[0]["loss"].backward()
+    assert objective.tokenizer.encoder.patch_embed.weight.grad.abs().sum() > 0
+
+
 def test_an_ablation_leaves_the_other_decoders_and_the_tokenizer_as_they_were(full_recipe):
     whole, _, _ = parts_of(full_recipe(64))
     fewer, _, _ = parts_of(full_recipe(64, auxiliary_targets=["siglip"], adversarial_weight=0.0))
@@ -165,6 +188,13 @@ def test_decoder_finetuning_has_pixel_terms_only(full_recipe, tmp_path):
     terms, _ = objective(**inputs_of(second))
     assert set(terms) == {"loss", "reconstruction", "perceptual", "adversarial", "adaptive_weight"}
     assert list(objective.auxiliary_decoders) == []
+
+
+def test_decoder_finetuning_needs_a_tokenizer_of_its_resolution(full_recipe, tmp_path):
+    make_tokenizer(full_recipe(64), 0, None).save_pretrained(tmp_path)
+    second = dataclasses.replace(full_recipe(128), stage="decoder_finetuning", model={})
+    with pytest.raises(ValueError, match="`resolution` is 128, but .* is built for 64"):
+        make_tokenizer(second, 0, str(tmp_path))
 
 
 def test_resolution_must_be_whole_patches(full_recipe):

@@ -42,7 +42,7 @@ def _advice(error: Exception, data: str) -> str:
             "its files, to a folder on a disk with room."
         )
     access = f"accept its terms at https://huggingface.co/datasets/{data} and log in with `hf auth login`, or pass "
-    if any(type(one).__name__ == "GatedRepoError" or "gated" in str(one) for one in chain):
+    if any(type(one).__name__ == "GatedRepoError" or "gated dataset" in str(one) for one in chain):
         return f"The data set is gated: {access}the `token` of an account that has done so."
     if any(isinstance(one, ConnectionError | TimeoutError) for one in chain):
         return (

@@ -284,6 +284,10 @@ class ParquetSource(ImageSource):
                     self._groups.append((first, group + 1))
                     first, size = group + 1, 0
         super().__init__(description, columns, chunks, token=token)
+        self._footers: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_footers": {}}
 
     @staticmethod
     def count(file: str, token: str | bool | None = None) -> list[int]:
@@ -294,12 +298,18 @@ class ParquetSource(ImageSource):
             metadata = pq.read_metadata(handle)
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
-    def read_chunk(self, chunk: int) -> list[Row]:
+    def _open_file(self, path: str) -> Any:
         import pyarrow.parquet as pq
 
+        # An epoch goes from file to file, more than can be open at a time: the footer of each is read only once.
+        file = pq.ParquetFile(_open_binary(path, self.token), metadata=self._footers.get(path), pre_buffer=False)
+        self._footers[path] = file.metadata
+        return file
+
+    def read_chunk(self, chunk: int) -> list[Row]:
         path = self.files[self.chunk_shards[chunk]]
+        file = self._handle(path, lambda: self._open_file(path))
         # Threads of a parent process do not survive a fork, and the data workers are the parallelism already.
-        file = self._handle(path, lambda: pq.ParquetFile(_open_binary(path, self.token), pre_buffer=False))
         table = file.read_row_groups(
             list(range(*self._groups[chunk])), columns=self.columns.names, use_threads=False
         ).to_pydict()

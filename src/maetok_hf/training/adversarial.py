@@ -17,16 +17,17 @@ ADVERSARIAL_LOSSES = ("hinge", "non_saturating")
 MAX_ADAPTIVE_WEIGHT = 1e4
 
 
-def check_loss_type(loss_type: str) -> None:
+def check_loss_type(loss_type: str, argument: str = "loss_type") -> None:
     """
     Args:
         loss_type (`str`): Name to check.
+        argument (`str`, *optional*, defaults to `"loss_type"`): What the message calls it.
 
     Raises:
         ValueError: If `loss_type` is neither `"hinge"` nor `"non_saturating"`.
     """
     if loss_type not in ADVERSARIAL_LOSSES:
-        raise ValueError(f"`loss_type` must be one of {', '.join(map(repr, ADVERSARIAL_LOSSES))}, got {loss_type!r}.")
+        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, ADVERSARIAL_LOSSES))}, got {loss_type!r}.")
 
 
 def discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor, loss_type: str = "hinge") -> torch.Tensor:
@@ -107,7 +108,8 @@ def consistency_loss(logits: torch.Tensor, logits_again: torch.Tensor) -> torch.
 
 def output_gradient(loss: torch.Tensor, layer_output: torch.Tensor, loss_scale: float = 1.0) -> torch.Tensor:
     """
-    Gradient of a loss with respect to the output of a layer. The graph is kept.
+    Gradient of a loss with respect to the output of a layer. The graph from there to the loss is gone afterwards, and
+    with it what it held in memory.
 
     Args:
         loss (`torch.Tensor`): Scalar that depends on `layer_output`.
@@ -119,7 +121,7 @@ def output_gradient(loss: torch.Tensor, layer_output: torch.Tensor, loss_scale: 
     Returns:
         `torch.FloatTensor` of the shape of `layer_output`: Detached.
     """
-    (gradient,) = torch.autograd.grad(loss * loss_scale, layer_output, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss * loss_scale, layer_output)
     return gradient.detach().float() / loss_scale
 
 

@@ -15,12 +15,13 @@ TRANSLATION_FRACTION = 1 / 8
 CUTOUT_FRACTION = 1 / 2
 
 
-def check_policy(policy: Sequence[str]) -> tuple[str, ...]:
+def check_policy(policy: Sequence[str], argument: str = "policy") -> tuple[str, ...]:
     """
     Refuse a list of augmentations that [`diffaugment`] does not know.
 
     Args:
         policy (`Sequence[str]`): Names out of `"color"`, `"translation"` and `"cutout"`; empty for none.
+        argument (`str`, *optional*, defaults to `"policy"`): What messages call it.
 
     Returns:
         `tuple[str, ...]`: The same names.
@@ -29,12 +30,14 @@ def check_policy(policy: Sequence[str]) -> tuple[str, ...]:
         ValueError: If a name is unknown or given twice, or `policy` is a single string.
     """
     if isinstance(policy, str):
-        raise ValueError(f"`policy` must be a list of names, got the string {policy!r}: write {policy.split(',')}.")
+        raise ValueError(
+            f"`{argument}` must be a list of names, got the string {policy!r}: write {policy.split(',')}."
+        )
     for name in policy:
         if name not in DIFFAUGMENT_POLICIES:
-            raise ValueError(f"`policy` names {name!r}: choose from {', '.join(map(repr, DIFFAUGMENT_POLICIES))}.")
+            raise ValueError(f"`{argument}` names {name!r}: choose from {', '.join(map(repr, DIFFAUGMENT_POLICIES))}.")
     if len(set(policy)) != len(policy):
-        raise ValueError(f"`policy` must name each augmentation once, got {list(policy)}.")
+        raise ValueError(f"`{argument}` must name each augmentation once, got {list(policy)}.")
     return tuple(policy)
 
 

@@ -18,7 +18,11 @@ from .discriminator import Discriminator
 
 
 def sample_adversarial_draws(
-    seed: int, purpose: str, step: int, sample_indices: Sequence[int] | torch.Tensor
+    seed: int,
+    purpose: str,
+    step: int,
+    sample_indices: Sequence[int] | torch.Tensor,
+    looks: Sequence[str] = ("real", "fake", "real_again", "fake_again"),
 ) -> dict[str, torch.Tensor]:
     """
     Everything random in one call of [`DiscriminatorObjective`] or of its `generator_loss`, keyed per image. The
@@ -30,6 +34,7 @@ def sample_adversarial_draws(
         step (`int`): Optimiser step of the draw.
         sample_indices (`Sequence[int]` or integer `torch.Tensor` of shape `(batch_size,)`):
             Global index of each image of the batch.
+        looks (`Sequence[str]`, *optional*): Those that are needed, all by default; `generator_loss` needs `"fake"`.
 
     Returns:
         `dict[str, torch.Tensor]`: On the CPU, in `[0, 1)`. `"real"`, `"fake"` and, for the second look of the
@@ -40,11 +45,8 @@ def sample_adversarial_draws(
         ValueError: If `sample_indices` is empty or not one-dimensional.
         TypeError: If `seed`, `step` or an index is not an integer.
     """
-    draws = {
-        name: sample_diffaugment_draws(seed, f"{purpose}_{name}", step, sample_indices)
-        for name in ("real", "fake", "real_again", "fake_again")
-    }
-    for name in ("real_crop", "fake_crop"):
+    draws = {name: sample_diffaugment_draws(seed, f"{purpose}_{name}", step, sample_indices) for name in looks}
+    for name in dict.fromkeys(f"{look.removesuffix('_again')}_crop" for look in looks):
         draws[name] = sample_uniform(seed, f"{purpose}_{name}", step, sample_indices, 2)
     return draws
 
@@ -63,6 +65,10 @@ class DiscriminatorObjective(nn.Module):
     - `"consistency"`: [`~maetok_hf.training.adversarial.consistency_loss`] between these logits and those of a second,
       independent augmentation, mean of the two sides; 0, and no second look is taken, if its weight is 0.
     - `"logits_real"`, `"logits_fake"`: mean logits, for the record.
+
+    Differences from what public copies of the released code do: there DiffAugment is applied to half of the batches
+    and hides smaller rectangles in the first look, the discriminator's loss is scaled by the adversarial weight while
+    the consistency term is not, and the moving averages begin at 0 and are updated before they are used.
 
     The moving averages are buffers, and saved. They are updated once per optimiser step, by `end_step`, from all
     logits of the step, so they do not depend on how a step is cut into micro-batches and processes. The first update
@@ -92,13 +98,13 @@ class DiscriminatorObjective(nn.Module):
         diffaugment: Sequence[str] = DIFFAUGMENT_POLICIES,
     ):
         super().__init__()
-        check_loss_type(loss)
+        check_loss_type(loss, "loss")
         for name, weight in (("lecam_weight", lecam_weight), ("consistency_weight", consistency_weight)):
             if not (weight >= 0 and math.isfinite(weight)):
                 raise ValueError(f"`{name}` must be finite and not negative, got {weight}.")
         if not 0 <= lecam_decay < 1:
             raise ValueError(f"`lecam_decay` must be in [0, 1), got {lecam_decay}.")
-        self.policy = check_policy(diffaugment)
+        self.policy = check_policy(diffaugment, "diffaugment")
         if consistency_weight > 0 and not self.policy:
             raise ValueError(
                 "`consistency_weight` compares two augmentations of an image but `diffaugment` is empty: name some or "
@@ -114,6 +120,11 @@ class DiscriminatorObjective(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.long))
         # of the running step: not a buffer, which DDP would overwrite with that of the first process
         self._step_sums: torch.Tensor | None = None
+
+    @property
+    def looks(self) -> list[str]:
+        """`list[str]`: What is judged in a step, as [`sample_adversarial_draws`] names it."""
+        return ["real", "fake"] + (["real_again", "fake_again"] if self.consistency_weight > 0 else [])
 
     def forward(
         self, real: torch.Tensor, fake: torch.Tensor, draws: dict[str, torch.Tensor]
@@ -137,8 +148,7 @@ class DiscriminatorObjective(nn.Module):
                 f"`real` has shape {tuple(real.shape)} but `fake` {tuple(fake.shape)}: `fake` must be reconstructions "
                 "of `real`."
             )
-        looks = ["real", "fake"] + (["real_again", "fake_again"] if self.consistency_weight > 0 else [])
-        logits = dict(zip(looks, self._logits(real.detach(), fake.detach(), draws, looks), strict=True))
+        logits = dict(zip(self.looks, self._logits(real.detach(), fake.detach(), draws, self.looks), strict=True))
         terms = {
             "discriminator": discriminator_loss(logits["real"], logits["fake"], self.loss_type),
             "lecam": self._lecam(logits["real"], logits["fake"]),

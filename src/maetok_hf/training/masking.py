@@ -57,13 +57,13 @@ def sample_mask_ratio(
         raise ValueError(f"`low` must not exceed `high`, got low={low} and high={high}.")
     if not std > 0:
         raise ValueError(f"`std` must be positive, got {std}; for a fixed ratio set `low` equal to `high`.")
-    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    uniform = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device)
     if low == high:
         return float(low)
     if density == "uniform":
         return min(low + (high - low) * uniform.item(), high)
 
-    bounds = (torch.tensor([low, high], dtype=torch.float64) - mean) / std
+    bounds = (torch.tensor([low, high], dtype=torch.float64, device=generator.device) - mean) / std
     cdf_low, cdf_high = torch.special.ndtr(bounds)
     mass = cdf_high - cdf_low
     if mass < _MIN_TRUNCATED_MASS:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .sharding import ShardedEMAModel
 
@@ -37,7 +38,9 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            is_matrix = name == "weight" and parameter.ndim >= 2 and not isinstance(submodule, nn.Embedding)
+            # a weight with spectral norm is kept as `original`
+            is_weight = name == "weight" or isinstance(submodule, ParametrizationList)
+            is_matrix = is_weight and parameter.ndim >= 2 and not isinstance(submodule, nn.Embedding)
             (decayed if is_matrix else undecayed).append(parameter)
     if not seen:
         raise ValueError("`module` has no trainable parameter: every `requires_grad` is False.")

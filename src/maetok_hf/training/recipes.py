@@ -2,7 +2,7 @@
 
 A recipe holds everything that changes what is learned (sizes, losses, schedules) and nothing about where and on how
 many devices it is learned; that is [`RunOptions`](run_options). The defaults are the published values of MAETok (arXiv
-2502.03444) unless said otherwise.
+2502.03444) unless said otherwise; what a recipe's `model` leaves out has the defaults of the model's class.
 """
 
 import dataclasses
@@ -62,9 +62,11 @@ class OptimizationRecipe:
         scale_learning_rate (`bool`, *optional*):
             Multiply `learning_rate` by `total_batch_size / 256`.
         lr_scheduler (`str`, *optional*):
-            `"constant"`, or `"cosine"` for a half cosine from the end of the warm-up to 0 at `max_train_steps`.
+            `"constant"`, or `"cosine"` for a half cosine from the end of the warm-up to `max_train_steps`.
         lr_warmup_steps (`int`, *optional*):
             Steps over which the learning rate rises linearly from 0.
+        final_learning_rate_fraction (`float`, *optional*, defaults to 0.0):
+            Where a cosine ends, as a fraction of `learning_rate`.
         adam_beta1 (`float`, *optional*, defaults to 0.9):
             Decay of AdamW's first moment.
         adam_beta2 (`float`, *optional*):
@@ -87,6 +89,7 @@ class OptimizationRecipe:
     scale_learning_rate: bool = False
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = 0
+    final_learning_rate_fraction: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
@@ -98,6 +101,7 @@ class OptimizationRecipe:
         check_positive(self, "resolution", "total_batch_size", "max_train_steps", "learning_rate", "adam_epsilon")
         check_positive(self, "max_grad_norm")
         check_at_least_zero(self, "lr_warmup_steps", "weight_decay")
+        check_fraction(self, "final_learning_rate_fraction")
         check_fraction(self, "adam_beta1", "adam_beta2", "ema_decay", below_one=True)
         self.learning_rate_at(0)  # refuses a cosine that is all warm-up
 
@@ -110,8 +114,9 @@ class OptimizationRecipe:
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0; see [`~maetok_hf.training.optim.learning_rate_at`]."""
+        final = self.peak_learning_rate * self.final_learning_rate_fraction if self.lr_scheduler == "cosine" else 0.0
         return learning_rate_at(
-            step, self.peak_learning_rate, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps
+            step, self.peak_learning_rate, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps, final
         )
 
     def make_optimizer(self, module: torch.nn.Module, learning_rate: float | None = None) -> torch.optim.AdamW:
@@ -132,6 +137,8 @@ class OptimizationRecipe:
 
     def unused_settings(self) -> dict[str, str]:
         """Settings that this recipe's other choices leave without effect, with the reason; setting one is an error."""
+        if self.lr_scheduler == "constant":
+            return {"final_learning_rate_fraction": "`lr_scheduler` is 'constant'"}
         return {}
 
 

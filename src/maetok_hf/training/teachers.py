@@ -162,6 +162,10 @@ def load_teacher(
     """
     A published vision model as a target: its patch tokens in the last layer, after the final norm.
 
+    A named difference from the released code: where the patches of the teacher and of the tokenizer differ in size,
+    the image is resized to an equal grid (256 to 224 pixels for patches of 14); that code resamples the weights of the
+    patch embedding instead and shows the image at its full size.
+
     Weights are read from safetensors only. Class and register tokens are dropped, learned positions interpolated to
     the image, and parts that do not reach the patch tokens (SigLIP's text tower and pooling head) not loaded.
     Normalisation statistics are those of the repository's image processor; where it has none, they are those of the

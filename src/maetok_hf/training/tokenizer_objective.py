@@ -1,11 +1,13 @@
 """The tokenizer's objective: pixels and auxiliary features from masked images (MAETok, sections 3.2 and 3.3)."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from ..models.autoencoder_mae import AutoencoderMAE, TokenGaussianDistribution
@@ -62,6 +64,10 @@ class TokenizerObjective(nn.Module):
     - `"text"`: cross-entropy of the caption's tokens, mean over the tokens of the batch.
     - `"kl"`, for a tokenizer with a Gaussian posterior: divergence from the standard normal in nats, summed over
       tokens and channels, mean over the batch.
+
+    A step that is cut into micro-batches, on one process or several, has the mean of their terms. For two of them that
+    is not the term of the whole batch: the adaptive weight, a ratio of norms, and `"text"`, a mean over tokens whose
+    number varies. (Of the discriminator, see [`Discriminator`], the power iterations differ.)
 
     Args:
         tokenizer ([`AutoencoderMAE`]): The tokenizer to train.
@@ -146,6 +152,14 @@ class TokenizerObjective(nn.Module):
             if isinstance(decoder, ViTDecoder):
                 compile_apart(decoder.transformer_blocks, *args, **kwargs)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations of the tokenizer and of its auxiliary decoders in the backward pass."""
+        self.tokenizer.enable_gradient_checkpointing()
+        checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+        for decoder in self.auxiliary_decoders.modules():
+            if isinstance(decoder, ViTDecoder):
+                decoder.gradient_checkpointing, decoder._gradient_checkpointing_func = True, checkpoint
+
     def _resolve_weights(self, loss_weights: Mapping[str, float]) -> dict[str, float]:
         weights = {"reconstruction": 1.0} | dict.fromkeys(self.auxiliary_decoders, 1.0)
         if self._frozen["perceptual"] is not None:
@@ -229,6 +243,7 @@ class TokenizerObjective(nn.Module):
         """
         scales = self._check_scales(scales or {})
         self._check_text(token_indices)
+        self._check_draws(adversarial_draws, scales["adversarial"])
         if self.decoder_only:
             with torch.no_grad():
                 latent, _ = self._encode(pixel_values, mask, posterior_noise)
@@ -253,6 +268,14 @@ class TokenizerObjective(nn.Module):
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"`scales[{name!r}]` must be finite and not negative, got {value}.")
         return {"perceptual": 1.0, "adversarial": 1.0} | dict(scales)
+
+    def _check_draws(self, draws: Mapping[str, torch.Tensor] | None, scale: float) -> None:
+        if (self._frozen["adversary"] is not None and scale > 0) != (draws is not None):
+            raise ValueError(
+                "`adversarial_draws` is needed by the adversary: draw them, or set `scales['adversarial']` to 0."
+                if draws is None
+                else "`adversarial_draws` has no effect: there is no adversary, or `scales['adversarial']` is 0."
+            )
 
     def _check_text(self, token_indices: torch.Tensor | None) -> None:
         if ("text" in self.auxiliary_decoders) != (token_indices is not None):

@@ -40,6 +40,11 @@ def make_tokenizer(recipe: TokenizerRecipe, seed: int, pretrained_model_name_or_
         tokenizer = AutoencoderMAE(sample_size=recipe.resolution, **recipe.model)
     else:
         tokenizer = AutoencoderMAE.from_pretrained(pretrained_model_name_or_path)
+        if tokenizer.config.sample_size != recipe.resolution:
+            raise ValueError(
+                f"`resolution` is {recipe.resolution}, but {pretrained_model_name_or_path} is built for "
+                f"{tokenizer.config.sample_size}: use the recipe of that size."
+            )
     for resolution in recipe.training_resolutions:
         if resolution % tokenizer.config.patch_size:
             raise ValueError(

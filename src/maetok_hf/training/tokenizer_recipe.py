@@ -1,4 +1,4 @@
-"""[`TokenizerRecipe`]: how a tokenizer is trained, the published values as defaults."""
+"""[`TokenizerRecipe`]: how a tokenizer is trained. Its defaults, except in `model`, are the published values."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from .recipes import (
 
 TEACHERS = ("dinov2", "siglip")
 
-# settings that need the presence of something, by the prefix of their names
+# settings of one stage only
 _MASK_MODELLING = ("mask_ratio_mean", "mask_ratio_std", "mask_ratio_min", "mask_ratio_max", "mask_ratio_density")
 _DECODER_FINETUNING = ("mask_ratio_start", "mask_ratio_end", "mask_ratio_decay_steps")
 
@@ -225,7 +225,40 @@ class TokenizerRecipe(OptimizationRecipe):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"`{name}` names something twice: {values}.")
+        infinite = [name for name in weights if math.isinf(getattr(self, name))]
+        if infinite:
+            raise ValueError(f"`{infinite[0]}` must be finite, got {getattr(self, infinite[0])}.")
+        self.mask_ratio_at(0, 0)  # refuses a normal without mass between the bounds
         self._check_mixed_resolutions()
+        self._check_auxiliary_decoders()
+        self._check_discriminator()
+
+    def _check_auxiliary_decoders(self) -> None:
+        width, heads = self.auxiliary_hidden_size, self.auxiliary_num_attention_heads
+        if width % heads or width // heads % 4:
+            raise ValueError(
+                f"`auxiliary_hidden_size` ({width}) must be `auxiliary_num_attention_heads` ({heads}) heads of equal "
+                "size, a multiple of 4."
+            )
+        if self.predicts_text and self.auxiliary_num_layers == 0:
+            raise ValueError(
+                "`auxiliary_num_layers` = 0, a linear decoder, cannot predict 'text': use at least 1, or leave it out."
+            )
+
+    def _check_discriminator(self) -> None:
+        if self.adversarial_weight == 0:
+            return
+        if self.adversarial_start_step >= self.max_train_steps:
+            raise ValueError(
+                f"`adversarial_start_step` = {self.adversarial_start_step} is not before the end of the run, "
+                f"`max_train_steps` = {self.max_train_steps}: lower it, or leave the discriminator out with "
+                "`adversarial_weight` 0."
+            )
+        if self.consistency_weight > 0 and not self.diffaugment:
+            raise ValueError(
+                "`consistency_weight` compares two augmentations of an image, but `diffaugment` is empty: name some, "
+                "or set the weight to 0."
+            )
 
     def _check_mixed_resolutions(self) -> None:
         sizes, weights = self.mixed_resolutions, self.mixed_resolution_weights
@@ -241,6 +274,11 @@ class TokenizerRecipe(OptimizationRecipe):
             )
         if any(not (weight > 0 and math.isfinite(weight)) for weight in weights):
             raise ValueError(f"`mixed_resolution_weights` must be positive, got {weights}.")
+        if len(sizes) > 1 and self.predicts_text and not self._has_latent_tokens:
+            raise ValueError(
+                f"`mixed_resolutions` {sizes} give different numbers of image tokens, which the decoder of 'text' "
+                "cannot read: use `num_latent_tokens` above 0, or leave 'text' out."
+            )
         if len(sizes) > 1 and self.feature_targets and self.auxiliary_num_layers == 0 and self._has_latent_tokens:
             raise ValueError(
                 "`auxiliary_num_layers` = 0, a linear decoder, is tied to one image size: use at least 1 with "
@@ -310,7 +348,7 @@ class TokenizerRecipe(OptimizationRecipe):
         names = self.__dataclass_fields__
         auxiliary = [name for name in names if name.startswith(("auxiliary_", "hog_", "dinov2_", "siglip_", "text_"))]
         auxiliary += ["teacher_loss", "teacher_dtype"]
-        unused: dict[str, str] = {}
+        unused = super().unused_settings()
 
         def leave(reason: str, *settings: str) -> None:
             for name in settings:
@@ -330,7 +368,7 @@ class TokenizerRecipe(OptimizationRecipe):
         sizes = [name for name in auxiliary if name.startswith("auxiliary_") and name != "auxiliary_targets"]
         if not self.auxiliary_targets:
             leave("`auxiliary_targets` is empty", *sizes)
-        if self.auxiliary_num_layers == 0 and not self.predicts_text:
+        if self.auxiliary_num_layers == 0:
             leave("linear auxiliary decoders have no width", "auxiliary_hidden_size", "auxiliary_num_attention_heads")
         for target in ("hog", "dinov2", "siglip", "text"):
             if target not in self.auxiliary_targets:
