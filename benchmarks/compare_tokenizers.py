@@ -295,7 +295,7 @@ def to_markdown(report: dict) -> str:
             "## Protocol",
             "",
             *(f"- {name.replace('_', ' ')}: {text}" for name, text in report["protocol"].items()),
-            f"- device: {report['device']}; {report['training_seconds'] / 60:.0f} minutes of wall time for all training",
+            f"- device: {report['device']}; {report['training_seconds'] / 60:.0f} minutes for all training",
             f"- versions: {versions}",
             "",
             "```",

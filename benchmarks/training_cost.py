@@ -118,7 +118,7 @@ def training_flops(recipe: TokenizerRecipe, parts: dict[int, dict[str, int]]) ->
     """
     resolutions = recipe.training_resolutions
     weights = recipe.mixed_resolution_weights or [1.0] * len(resolutions)
-    adversarial_steps = max(recipe.max_train_steps - recipe.adversarial_start_step, 0)
+    adversarial_steps = recipe.max_train_steps - recipe.adversarial_start_step
     total = 0.0
     for resolution, weight in zip(resolutions, weights, strict=True):
         adversarial = sum(value for name, value in parts[resolution].items() if name in ADVERSARIAL)
@@ -203,8 +203,8 @@ def to_markdown(report: dict[str, Any]) -> str:
             "# What training a tokenizer costs",
             "",
             "Computed, not measured. GFLOP per image are those of a step with all losses, forward and backward. The "
-            "steps before the discriminator begins have less, which the sum over the training takes into account. Days are "
-            "those of one device; several share them.",
+            "steps before the discriminator begins have less, which the sum over the training takes into account. "
+            "Days are those of one device; several share them.",
             "",
             *table(head, rows),
             "## GFLOP of one image by part",

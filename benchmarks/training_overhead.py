@@ -25,8 +25,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -46,20 +46,31 @@ from .training_step import RECIPES, num_bytes, random_networks
 
 
 COMMAND = "python -m benchmarks.training_overhead"
+NUM_PHOTOGRAPHS, JPEG_QUALITY = 256, 90
 NETWORK = ("forward", "backward", "optimiser")
-# what the host does, and what a device does at the speed of its memory
-HOST = ("loading", "batch and draws", "decision", "reporting", "the rest")
-DEVICE = ("clipping", "moving average")
-OWN = HOST + DEVICE
+OWN = (
+    "loading",
+    "batch and draws",
+    "clipping",
+    "decision",
+    "moving average",
+    "averages of terms",
+    "report",
+    "the rest",
+)
 LIMIT_PERCENT = 5.0
+LOGGING_STEPS = TokenizerRunOptions.logging_steps  # here every step reports, which gives more reports to measure
 
-# A step of 100 ms is what a GPU makes of the images that fit in it at the assumed share of its peak.
+# A step of 100 ms on a GPU, with as many images as fit in it at the assumed share of its peak
 GPU_STEP_SECONDS = 0.1
 BANDWIDTH = {"A100": 2.0e12, "H100": 3.35e12}  # bytes per second, SXM with 80 GB, data sheets
 BANDWIDTH_SHARE = 0.8
-# Passes over 4 bytes per parameter. The average reads itself and the weight and writes the difference, then reads both
-# and writes itself; clipping reads the gradients for their norm, then reads and writes them.
-PASSES = {"moving average": 6, "clipping": 3}
+# Passes over the memory of the parameters: clipping reads gradients for their norm, then reads and writes them; the
+# average is read with the weights for a difference, and then both for the sum, each of which is written.
+PASSES = {"clipping": 3, "moving average": 6}
+# what the host does for each image, and what it does for a step
+HOST_PER_IMAGE = ("batch and draws",)
+HOST_PER_STEP = ("loading", "decision", "averages of terms", "report", "the rest")
 
 
 class Done(Exception):
@@ -241,3 +252,176 @@ def run_case(case: Case, data: str, num_threads: int) -> dict[str, Any]:
         "averaged_bytes": num_bytes(training.ema.shadow_params),
         "clipped_bytes": num_bytes(training.parameters),
     }
+
+
+def shares(step: Mapping[str, Times], kind: str) -> dict[str, float]:
+    """Seconds of the parts of a step, a report counted as often as the script makes one, and of `own` and `step`."""
+    parts = {name: getattr(step.get(name, Times()), kind) for name in (*NETWORK, *OWN)}
+    parts["the rest"] = getattr(step["step"], kind) - sum(parts.values())
+    parts["report"] /= LOGGING_STEPS
+    own = sum(parts[name] for name in OWN)
+    return parts | {"own": own, "step": sum(parts[name] for name in NETWORK) + own}
+
+
+def summarise(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the steps of all runs of a case."""
+    summary = {name: runs[0][name] for name in ("batch_size", "averaged_bytes", "clipped_bytes")}
+    summary |= {"name": case.name, "recipe": case.recipe, "overrides": case.overrides, "options": case.options}
+    for kind in Times._fields:
+        steps = [shares(step, kind) for run in runs for step in run["seconds"]]
+        percent = [100 * step["own"] / step["step"] for step in steps]
+        quartiles = statistics.quantiles(percent, n=4, method="inclusive")
+        summary[kind] = {
+            "num_steps": len(steps),
+            "milliseconds": {name: 1000 * statistics.median(step[name] for step in steps) for name in steps[0]},
+            "own_percent": dict(zip(("quartile_1", "median", "quartile_3"), quartiles, strict=True)),
+        }
+    return summary
+
+
+def on_gpu(large: dict[str, Any], small: dict[str, Any], flops_per_image: float) -> dict[str, dict[str, float]]:
+    """
+    What the script's own work would be of a step of 100 ms on a GPU: computed, not measured.
+
+    Args:
+        large (`dict`): Summary of the published tokenizer's case: its batches, draws, loading and parameters.
+        small (`dict`): Summary of a case with small tensors, in which work for the step is the host's alone.
+        flops_per_image (`float`): Operations of a step for one image.
+
+    Returns:
+        `dict`: By GPU, its images per step and the milliseconds and percent of the host's and the GPU's own work. A
+        host works while the GPU computes, so its part is an upper bound.
+    """
+    found = {}
+    for name, peak in PEAK_FLOPS.items():
+        images = UTILIZATION * peak * GPU_STEP_SECONDS / flops_per_image
+        per_image_ms = sum(large["processor"]["milliseconds"][part] for part in HOST_PER_IMAGE) / large["batch_size"]
+        host = images * per_image_ms + sum(small["processor"]["milliseconds"][part] for part in HOST_PER_STEP)
+        moved = PASSES["clipping"] * large["clipped_bytes"] + PASSES["moving average"] * large["averaged_bytes"]
+        device = 1000 * moved / (BANDWIDTH_SHARE * BANDWIDTH[name])
+        percent = {"host_percent": host, "device_percent": device}
+        scale = 100 / (1000 * GPU_STEP_SECONDS)
+        found[name] = {"images": images, "host_milliseconds": host, "device_milliseconds": device}
+        found[name] |= {key: value * scale for key, value in percent.items()}
+    return found
+
+
+def prepare_data(folder: Path) -> dict[str, str]:
+    """Photographs for the published recipe and the demonstration's digits, by recipe."""
+    from .data_loading import make_jpegs, open_parquet
+
+    (folder / "photographs").mkdir()
+    open_parquet(make_jpegs(NUM_PHOTOGRAPHS, JPEG_QUALITY), folder / "photographs")
+    digits = export_mnist(folder / "digits", seed=0)
+    return {"maetok-b-128-256": str(folder / "photographs"), "demo-tokenizer": str(digits)}
+
+
+def measure(cases: Sequence[Case], num_rounds: int, num_threads: int) -> list[dict[str, Any]]:
+    """Summaries of all cases, which take turns, each time in a new process."""
+    runs: list[list] = [[] for _ in cases]
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare_data(Path(folder))
+        for number in range(num_rounds):
+            for case, found in zip(cases, runs, strict=True):
+                with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                    found.append(pool.submit(run_case, case, data[case.recipe], num_threads).result())
+                print(f"round {number + 1} of {case.name}: {summarise(case, found[-1:])}", flush=True)
+    return [summarise(case, found) for case, found in zip(cases, runs, strict=True)]
+
+
+def report_of(num_rounds: int, num_threads: int) -> dict[str, Any]:
+    """Everything about the script's own work, in plain types."""
+    loads = [os.getloadavg()[0]]
+    cases = measure(CASES, num_rounds, num_threads)
+    loads.append(os.getloadavg()[0])
+    flops = sum(per_image(CASES[0].recipe)[256].values())
+    return {
+        "command": f"{COMMAND} --num_rounds {num_rounds} --num_threads {num_threads}",
+        "num_threads": num_threads,
+        "load_average": [round(load, 2) for load in loads],
+        "machine": machine("accelerate", "diffusers", "datasets", "tensorboard"),
+        "limit_percent": LIMIT_PERCENT,
+        "cases": cases,
+        "of_a_gpu_step": on_gpu(cases[0], cases[-1], flops),
+    }
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The report as tables."""
+    cases, names = report["cases"], ("step", *NETWORK, "own", *OWN)
+
+    def milliseconds(value: float) -> str:
+        return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+    def spread(case: dict[str, Any], kind: str) -> str:
+        values = case[kind]["own_percent"]
+        return f"{values['median']:.1f} ({values['quartile_1']:.1f} to {values['quartile_3']:.1f})"
+
+    rows = [[case["name"], spread(case, "wall"), spread(case, "processor")] for case in cases]
+    parts = [
+        [name, *(milliseconds(case[kind]["milliseconds"][name]) for case in cases for kind in Times._fields)]
+        for name in names
+    ]
+    gpus = [
+        [
+            name,
+            f"{value['images']:.0f}",
+            *(f"{value[f'{side}_milliseconds']:.1f} ({value[f'{side}_percent']:.1f})" for side in ("host", "device")),
+        ]
+        for name, value in report["of_a_gpu_step"].items()
+    ]
+    kinds = {"wall": "clock", "processor": "processor"}
+    return "\n".join(
+        [
+            "# What the training script itself costs",
+            "",
+            "Percent of a step that are not forward, backward or optimiser: median over steps, and quartiles. By the "
+            "clock, and by the time of all processors that work for the training's process (without its data "
+            "workers), which other jobs on the machine disturb less.",
+            "",
+            *table(["training", "by the clock (%)", "by processor time (%)"], rows),
+            "## Milliseconds of a step",
+            "",
+            f"Medians over steps, so parts need not sum to the whole. A report is counted once in {LOGGING_STEPS} "
+            "steps, as the script makes it.",
+            "",
+            *table(["part", *(f"{case['name']}, {kinds[kind]}" for case in cases for kind in Times._fields)], parts),
+            f"## Of a step of {1000 * GPU_STEP_SECONDS:.0f} ms on a GPU",
+            "",
+            "Computed, not measured. Images are those that a GPU gets done in this time with all losses at 256 x 256, "
+            f"at {SHARE} of its dense bfloat16 peak. The host's part is measured here: what it does for each image in "
+            "the first training, and what it does for a step in the last, whose tensors are small; it can do that "
+            "while the GPU computes. The GPU's part is clipping and the moving average, "
+            f"{PASSES['clipping']} and {PASSES['moving average']} passes over the memory of the parameters at "
+            f"{100 * BANDWIDTH_SHARE:.0f} % of its bandwidth.",
+            "",
+            *table(["GPU", "images", "host, ms (%)", "GPU, ms (%)"], gpus),
+            "## How it was measured",
+            "",
+            *(line.strip() for line in str(__doc__).split("\n\n")[1:3]),
+            "",
+            f"- {report['num_threads']} threads; other jobs ran on the machine: load average "
+            f"{' at the beginning and '.join(map(str, report['load_average']))} at the end",
+            f"- {machine_line(report['machine'])}",
+            "",
+            "```",
+            report["command"],
+            "```",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results_dir", type=Path, default=RESULTS, help="Where the tables are written.")
+    parser.add_argument("--num_rounds", type=int, default=2, help="Processes for each training.")
+    parser.add_argument("--num_threads", type=int, default=2, help="CPU threads.")
+    args = parser.parse_args()
+    report = report_of(args.num_rounds, args.num_threads)
+    write_results(args.results_dir, "training_overhead", report, to_markdown(report))
+    print(f"\n{to_markdown(report)}")
+
+
+if __name__ == "__main__":
+    main()
