@@ -117,7 +117,9 @@ def test_the_report_shows_every_run_and_no_place(args, tmp_path):
     assert "| masks and HOG target | 22.00 ± 1.41 | 92.0 ± 1.4 |" in text
     assert "| plain autoencoder | 3 | 23.00 | 93.0 |" in text and "| plain autoencoder | 1 | 21.00 | 91.0 |" in text
     assert (
-        "1500 steps of 32 images" in text and "4 minutes of wall time" in text and "pixels themselves: 88.0 %" in text
+        "1500 steps of 32 images" in text
+        and "4 minutes for all training" in text
+        and "pixels themselves: 88.0 %" in text
     )
     assert "--seeds 3 1 --num_threads 2 --max_train_steps 1500" in text
     assert not any(str(place) in text + json.dumps(report) for place in (tmp_path, compare.ROOT))
