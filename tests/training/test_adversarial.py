@@ -137,8 +137,8 @@ def test_last_layer_gradient_norm_is_float32_under_autocast():
 def test_loss_scale_saves_gradients_that_float16_loses():
     layer, hidden, _ = linear_network()
     output = layer(hidden).detach().half().requires_grad_()
+    assert last_layer_gradient_norm((output.float() * 1e-9).sum(), hidden, output) == 0
     loss = (output.float() * 1e-9).sum()
-    assert last_layer_gradient_norm(loss, hidden, output) == 0
     expected = torch.linalg.matrix_norm(torch.full((4, 14), 1e-9) @ hidden.flatten(0, 1))
     assert torch.allclose(last_layer_gradient_norm(loss, hidden, output, 2.0**16), expected, rtol=1e-2)
 

@@ -306,7 +306,7 @@ def test_the_adversarial_gradient_reaches_a_last_pixel_layer(real, draws):
     output = layer(hidden)
     images = torch.nn.functional.fold(output.mT, 40, 8, stride=8)
     loss = objective.generator_loss(images, draws)
-    norm = weight_gradient_norm(hidden, output_gradient(loss, output))
+    norm = weight_gradient_norm(hidden, output_gradient(objective.generator_loss(images, draws), output))
     loss.backward()
     assert norm > 0 and torch.allclose(norm, layer.weight.grad.norm())
 
