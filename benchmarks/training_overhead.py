@@ -214,6 +214,7 @@ def put_clocks(script: ModuleType, training: Any, clock: Clock, num_steps: int) 
 def run_case(case: Case, data: str, num_threads: int) -> dict[str, Any]:
     """Steps of a case in seconds, by part; run it in a process of its own."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
+    multiprocessing.set_start_method(None, force=True)  # data workers start as they do in the script
     torch.set_num_threads(num_threads)
     recipe = load_recipe(TokenizerRecipe, RECIPES / f"{case.recipe}.yaml", case.overrides)
     script, clock = load_script(), Clock()
