@@ -359,7 +359,10 @@ def to_markdown(report: dict[str, Any]) -> str:
         values = case[kind]["own_percent"]
         return f"{values['median']:.1f} ({values['quartile_1']:.1f} to {values['quartile_3']:.1f})"
 
-    rows = [[case["name"], spread(case, "wall"), spread(case, "processor")] for case in cases]
+    def verdict(case: dict[str, Any]) -> str:
+        return "yes" if case["processor"]["own_percent"]["median"] < report["limit_percent"] else "no"
+
+    rows = [[case["name"], spread(case, "wall"), spread(case, "processor"), verdict(case)] for case in cases]
     parts = [
         [name, *(milliseconds(case[kind]["milliseconds"][name]) for case in cases for kind in Times._fields)]
         for name in names
@@ -379,9 +382,11 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             "Percent of a step that are not forward, backward or optimiser: median over steps, and quartiles. By the "
             "clock, and by the time of all processors that work for the training's process (without its data "
-            "workers), which other jobs on the machine disturb less.",
+            "workers), which other jobs on the machine disturb less and by which the last column judges.",
             "",
-            *table(["training", "by the clock (%)", "by processor time (%)"], rows),
+            *table(
+                ["training", "by the clock (%)", "by processor time (%)", f"under {report['limit_percent']:g} %"], rows
+            ),
             "## Milliseconds of a step",
             "",
             f"Medians over steps, so parts need not sum to the whole. A report is counted once in {LOGGING_STEPS} "

@@ -71,10 +71,10 @@ def test_between_steps_there_are_weights_moments_and_the_average(recipe):
     assert memory.peak(1) > 5 * weights
 
 
-def test_checkpointing_takes_less_for_each_image_and_as_much_between_steps(recipe):
+def test_checkpointing_takes_less_in_a_step_and_as_much_between_steps(recipe):
     without, with_it = (ComputedMemory(recipe, gradient_checkpointing) for gradient_checkpointing in (False, True))
     assert with_it.between_steps() == without.between_steps()
-    assert with_it.peak(32) - with_it.peak(16) < 0.7 * (without.peak(32) - without.peak(16))
+    assert with_it.peak(64) < 0.7 * without.peak(64)
 
 
 def test_largest_batch_is_the_last_that_fits():

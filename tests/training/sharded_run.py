@@ -207,6 +207,7 @@ def check_full_disk(folder: Path) -> None:
                 raise AssertionError(f"{name} failed on process {where} and nobody noticed")
         run.accelerator.wait_for_everyone()
         assert {path.name for path in (folder / "full").iterdir()} == {"checkpoint-1"}
+        run.accelerator.wait_for_everyone()  # before the next save begins to write
     resumed = Run(folder / "full", sharded=True, seed=1)
     assert resumed.checkpointer.load("latest").step == 1
     check_same(saved, resumed.state())
