@@ -22,7 +22,8 @@ def test_public_names_are_those_of_the_package():
 
 
 def test_diffusers_finds_the_classes_by_name():
-    for name in ("AutoencoderMAE", "SiTTransformer1DModel", "MAETokDiffusionPipeline"):
+    names = ("AutoencoderMAE", "SiTTransformer1DModel", "LightningDiTTransformer1DModel", "USiTTransformer1DModel")
+    for name in (*names, "MAETokDiffusionPipeline"):
         assert getattr(diffusers, name) is getattr(maetok_hf, name)
     for base in LOADABLE_CLASSES["maetok_hf"]:
         assert getattr(maetok_hf, base) is getattr(diffusers, base)

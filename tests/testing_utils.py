@@ -1,11 +1,9 @@
 """Tiny models that several test modules share: same code paths as the published sizes, milliseconds to run."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 
 from maetok_hf import AutoencoderMAE, SiTTransformer1DModel
 
@@ -80,39 +78,3 @@ def tiny_transformer(seed: int = 0, **overrides: Any) -> SiTTransformer1DModel:
 def seeded_normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal draws that depend on the seed alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(dtype)
-
-
-@dataclass(frozen=True)
-class ModelCase:
-    """A tiny model and inputs of its `forward`: what a law that holds for every model is parametrised over."""
-
-    model_class: type[ModelMixin]
-    config: dict[str, Any]
-    main_input: str
-    output_shape: tuple[int, ...]
-
-    def build(self, seed: int = 0) -> ModelMixin:
-        """Random weights, evaluation mode."""
-        build = tiny_autoencoder if self.model_class is AutoencoderMAE else tiny_transformer
-        return build(seed, **self.config)
-
-    def inputs(self, batch_size: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
-        """Keyword arguments of `forward`, the same tensors on every call."""
-        if self.model_class is AutoencoderMAE:
-            return {"sample": seeded_normal(batch_size, 3, 32, 32, seed=seed, dtype=dtype).clamp(-1, 1)}
-        return {
-            "hidden_states": seeded_normal(batch_size, 6, 4, seed=seed, dtype=dtype),
-            "timestep": torch.linspace(0.1, 0.9, batch_size),
-            "class_labels": torch.arange(batch_size) * 10 % 11,  # class 0, the null class 10, ...
-        }
-
-    def run(self, model: ModelMixin, **kwargs: Any) -> torch.Tensor:
-        """The model's output on `inputs(**kwargs)`, without gradients."""
-        with torch.no_grad():
-            return model(**self.inputs(**kwargs)).sample
-
-
-MODEL_CASES = {
-    name: ModelCase(AutoencoderMAE, form, "sample", (form.get("out_channels", 3), 32, 32))
-    for name, form in AUTOENCODER_FORMS.items()
-} | {"sit": ModelCase(SiTTransformer1DModel, {}, "hidden_states", (6, 4))}

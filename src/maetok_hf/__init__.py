@@ -5,7 +5,14 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F40
 
 from ._register import register
 from .conversion import convert_autoencoder, convert_transformer
-from .models import AutoencoderMAE, SiTTransformer1DModel, denormalize_latents, normalize_latents
+from .models import (
+    AutoencoderMAE,
+    LightningDiTTransformer1DModel,
+    SiTTransformer1DModel,
+    USiTTransformer1DModel,
+    denormalize_latents,
+    normalize_latents,
+)
 from .pipelines import MAETokDiffusionPipeline
 from .schedulers import FlowMatchEulerMaruyamaScheduler, FlowMatchHeunScheduler
 
@@ -18,8 +25,10 @@ __all__ = [
     "AutoencoderMAE",
     "FlowMatchEulerMaruyamaScheduler",
     "FlowMatchHeunScheduler",
+    "LightningDiTTransformer1DModel",
     "MAETokDiffusionPipeline",
     "SiTTransformer1DModel",
+    "USiTTransformer1DModel",
     "convert_autoencoder",
     "convert_transformer",
     "denormalize_latents",

@@ -10,13 +10,22 @@ from diffusers.pipelines import pipeline_loading_utils
 
 from .models.autoencoder_mae import AutoencoderMAE
 from .models.layers import MAETokAttnProcessor, TransformerBlock
+from .models.transformer_lightning_dit import LightningDiTTransformer1DModel
 from .models.transformer_sit import SiTTransformer1DModel
+from .models.transformer_usit import USiTTransformer1DModel
 from .pipelines.pipeline_maetok import MAETokDiffusionPipeline
 
 
 _LOADABLE = {
     name: ["save_pretrained", "from_pretrained"] for name in ("ModelMixin", "SchedulerMixin", "DiffusionPipeline")
 }
+_CLASSES = (
+    MAETokDiffusionPipeline,
+    AutoencoderMAE,
+    SiTTransformer1DModel,
+    LightningDiTTransformer1DModel,
+    USiTTransformer1DModel,
+)
 
 
 def _skip_attention(attn, hidden_states, *args, **kwargs):
@@ -30,7 +39,7 @@ def register() -> None:
     pipeline_loading_utils.LOADABLE_CLASSES.setdefault("maetok_hf", dict(_LOADABLE))
     # `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` look the class name up on the diffusers
     # module
-    for cls in (MAETokDiffusionPipeline, AutoencoderMAE, SiTTransformer1DModel):
+    for cls in _CLASSES:
         setattr(diffusers, cls.__name__, cls)
 
     _register_hooks()

@@ -13,10 +13,11 @@ from diffusers.hooks import (
 )
 
 from maetok_hf.models.layers import MAETokAttention
-from tests.testing_utils import MODEL_CASES, tiny_autoencoder, tiny_transformer
+from tests.models.cases import TRANSFORMER_CASES
+from tests.testing_utils import tiny_autoencoder
 
 
-CASE = MODEL_CASES["sit"]
+NUM_LAYERS = 5  # odd, as U-ViT wants it
 CACHES = {
     "first_block": lambda: FirstBlockCacheConfig(threshold=1e9),
     "mag": lambda: MagCacheConfig(num_inference_steps=2, retention_ratio=0.0, threshold=100.0, mag_ratios=[1.0, 1.0]),
@@ -32,6 +33,11 @@ def config(request):
     return request.param()
 
 
+@pytest.fixture(params=TRANSFORMER_CASES.values(), ids=TRANSFORMER_CASES.keys())
+def case(request):
+    return request.param
+
+
 def count_attention_calls(model):
     counts = [0]
 
@@ -44,57 +50,57 @@ def count_attention_calls(model):
     return counts
 
 
-def step(model, shift=0.0, context="cond"):
-    inputs = CASE.inputs()
+def step(case, model, shift=0.0, context="cond"):
+    inputs = case.inputs()
     inputs["hidden_states"] = inputs["hidden_states"] + shift
     with torch.no_grad(), model.cache_context(context):
         return model(**inputs).sample
 
 
-def test_the_second_step_reuses_the_first(config):
-    model = tiny_transformer(num_layers=4)
-    expected, expected_shifted = step(model), step(model, 0.3)
+def test_the_second_step_reuses_the_first(case, config):
+    model = case.build(num_layers=NUM_LAYERS)
+    expected, expected_shifted = step(case, model), step(case, model, 0.3)
     counts = count_attention_calls(model)
     model.enable_cache(config)
-    assert torch.allclose(step(model), expected, atol=1e-5)
-    assert counts[0] == 4
-    reused = step(model, 0.3)
-    assert 4 <= counts[0] < 8, "the second step must skip attention layers"
+    assert torch.allclose(step(case, model), expected, atol=1e-5)
+    assert counts[0] == NUM_LAYERS
+    reused = step(case, model, 0.3)
+    assert NUM_LAYERS <= counts[0] < 2 * NUM_LAYERS, "the second step must skip attention layers"
     assert reused.isfinite().all() and not torch.allclose(reused, expected_shifted, atol=1e-5)
 
     model.disable_cache()
     assert not model.is_cache_enabled
-    assert torch.equal(step(model, 0.3), expected_shifted)
+    assert torch.equal(step(case, model, 0.3), expected_shifted)
 
 
-def test_a_reset_forgets_the_first_step(config):
-    model = tiny_transformer(num_layers=4)
-    expected, expected_shifted = step(model), step(model, 0.3)
+def test_a_reset_forgets_the_first_step(case, config):
+    model = case.build(num_layers=NUM_LAYERS)
+    expected, expected_shifted = step(case, model), step(case, model, 0.3)
     model.enable_cache(config)
-    torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step(case, model), expected, atol=1e-5, rtol=1e-5)
     model._reset_stateful_cache()
-    torch.testing.assert_close(step(model, 0.3), expected_shifted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step(case, model, 0.3), expected_shifted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["first_block", "mag", "taylorseer"])
-def test_contexts_do_not_mix(name):
-    model = tiny_transformer(num_layers=4)
-    expected, expected_shifted = step(model), step(model, 0.3, context="uncond")
+def test_contexts_do_not_mix(case, name):
+    model = case.build(num_layers=NUM_LAYERS)
+    expected, expected_shifted = step(case, model), step(case, model, 0.3, context="uncond")
     model.enable_cache(CACHES[name]())
-    torch.testing.assert_close(step(model), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(step(model, 0.3, context="uncond"), expected_shifted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step(case, model), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step(case, model, 0.3, context="uncond"), expected_shifted, atol=1e-5, rtol=1e-5)
 
 
-def test_caching_twice_is_refused(config):
-    model = tiny_transformer()
+def test_caching_twice_is_refused(case, config):
+    model = case.build()
     model.enable_cache(config)
     with pytest.raises(ValueError, match="already been enabled"):
         model.enable_cache(config)
 
 
-def test_faster_cache_runs():
+def test_faster_cache_runs(case):
     timestep = [1000]
-    model = tiny_transformer(num_layers=4)
+    model = case.build(num_layers=NUM_LAYERS)
     model.enable_cache(
         FasterCacheConfig(
             spatial_attention_block_skip_range=2,
@@ -105,7 +111,7 @@ def test_faster_cache_runs():
             current_timestep_callback=lambda: timestep[0],
         )
     )
-    inputs = CASE.inputs()
+    inputs = case.inputs()
     with torch.no_grad():
         model(**inputs)
         timestep[0] = 500
@@ -124,11 +130,11 @@ SKIPS = {
 
 
 @pytest.mark.parametrize("skip", SKIPS.values(), ids=SKIPS.keys())
-def test_layer_skipping_reaches_blocks_attention_and_mlp(skip):
-    model = tiny_transformer(num_layers=4)
-    expected = CASE.run(model)
+def test_layer_skipping_reaches_blocks_attention_and_mlp(case, skip):
+    model = case.build(num_layers=NUM_LAYERS)
+    expected = case.run(model)
     apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="transformer_blocks", dropout=1.0, **skip))
-    output = CASE.run(model)
+    output = case.run(model)
     assert output.isfinite().all() and not torch.allclose(output, expected, atol=1e-5)
 
 

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig
 
 from maetok_hf.models.layers import TransformerBlock
-from tests.testing_utils import MODEL_CASES, tiny_autoencoder, tiny_transformer
+from tests.models.cases import MODEL_CASES, TRANSFORMER_CASES
+from tests.testing_utils import tiny_autoencoder
 
 
 @pytest.fixture(params=MODEL_CASES.values(), ids=MODEL_CASES.keys())
@@ -20,7 +21,10 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(params=["rope_modulated", "sit"])
+ONE_OF_EACH = ["rope_modulated", *TRANSFORMER_CASES]
+
+
+@pytest.fixture(params=ONE_OF_EACH)
 def one_of_each(request):
     return MODEL_CASES[request.param]
 
@@ -112,10 +116,11 @@ def test_models_export(case):
     torch.testing.assert_close(exported.module()(**case.inputs())[0], case.run(model), atol=1e-5, rtol=1e-5)
 
 
-def test_hotswapping_an_adapter_does_not_recompile(tmp_path):
-    case, outputs = MODEL_CASES["sit"], []
+@pytest.mark.parametrize("case", TRANSFORMER_CASES.values(), ids=TRANSFORMER_CASES.keys())
+def test_hotswapping_an_adapter_does_not_recompile(case, tmp_path):
+    outputs = []
     for index, rank in enumerate((3, 6)):
-        model = tiny_transformer()
+        model = case.build()
         torch.manual_seed(index)
         model.add_adapter(
             LoraConfig(
@@ -124,7 +129,7 @@ def test_hotswapping_an_adapter_does_not_recompile(tmp_path):
         )
         outputs.append(case.run(model))
         model.save_lora_adapter(tmp_path / str(index))
-    model = tiny_transformer()
+    model = case.build()
     model.enable_lora_hotswap(target_rank=6)
     files = [tmp_path / str(index) / "pytorch_lora_weights.safetensors" for index in range(2)]
     model.load_lora_adapter(files[0], adapter_name="adapter", prefix=None)
@@ -136,7 +141,7 @@ def test_hotswapping_an_adapter_does_not_recompile(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rope_modulated", "sit"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_generated_code_agrees(name):
     case = MODEL_CASES[name]
     model, expected = case.build(), case.run(case.build())

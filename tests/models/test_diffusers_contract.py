@@ -21,7 +21,8 @@ from diffusers.utils import logging as diffusers_logging
 
 from maetok_hf.models import layers
 from maetok_hf.models.layers import MAETokAttention, MAETokAttnProcessor, TransformerBlock
-from tests.testing_utils import MODEL_CASES, seeded_normal
+from tests.models.cases import MODEL_CASES
+from tests.testing_utils import seeded_normal
 
 
 @pytest.fixture(params=MODEL_CASES.values(), ids=MODEL_CASES.keys())

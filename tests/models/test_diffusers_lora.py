@@ -8,19 +8,29 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
-from tests.testing_utils import MODEL_CASES, randomize_parameters, tiny_transformer
+from tests.models.cases import TRANSFORMER_CASES
+from tests.testing_utils import randomize_parameters
 
 
-CASE = MODEL_CASES["sit"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TARGETS = {
+    "attention": ATTENTION,
+    "mlp": ["ff.net.0.proj", "ff.net.2"],
+    "others": ["proj_in", "modulation.linear", "skip_proj"],  # no model has them all
+}
+
+
+@pytest.fixture(params=TRANSFORMER_CASES.values(), ids=TRANSFORMER_CASES.keys())
+def case(request):
+    return request.param
 
 
 def lora_config(rank=4, targets=ATTENTION, **kwargs):
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=False, **kwargs)
 
 
-def adapted(seed=0, name="default", **kwargs):
-    model = tiny_transformer()
+def adapted(case, seed=0, name="default", **kwargs):
+    model = case.build()
     torch.manual_seed(seed)
     model.add_adapter(lora_config(**kwargs), adapter_name=name)
     return model
@@ -31,11 +41,11 @@ def has_lora(model):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("targets", [ATTENTION, ["ff.net.0.proj", "ff.net.2"], ["proj_in", "modulation.linear"]])
-def test_adapter_is_saved_and_loaded(use_dora, targets, tmp_path):
-    plain = CASE.run(tiny_transformer())
-    model = adapted(targets=targets, use_dora=use_dora)
-    output = CASE.run(model)
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS.keys())
+def test_adapter_is_saved_and_loaded(case, use_dora, targets, tmp_path):
+    plain = case.run(case.build())
+    model = adapted(case, targets=targets, use_dora=use_dora)
+    output = case.run(model)
     assert not torch.allclose(output, plain, atol=1e-3)
     metadata = model.peft_config["default"].to_dict()
     model.save_lora_adapter(tmp_path)
@@ -44,99 +54,128 @@ def test_adapter_is_saved_and_loaded(use_dora, targets, tmp_path):
 
     model.unload_lora()
     assert not has_lora(model)
-    assert torch.equal(CASE.run(model), plain)
+    assert torch.equal(case.run(model), plain)
 
     model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     assert model.peft_config["default_0"].to_dict() == metadata
-    torch.testing.assert_close(CASE.run(model), output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(model), output, atol=1e-5, rtol=1e-5)
 
 
-def test_adapters_scale_switch_and_disable():
-    plain = CASE.run(tiny_transformer())
-    model = adapted(seed=0, name="first")
-    first = CASE.run(model)
+@pytest.mark.parametrize("way", ["adapted", "saved_whole"])
+def test_an_adapter_carries_new_classes(case, way, tmp_path):
+    """Through low-rank factors of the class table, or with the whole table among the adapter's weights."""
+    where = {"targets": ["to_q", "class_embed"]} if way == "adapted" else {"modules_to_save": ["class_embed"]}
+
+    def extended():
+        model = case.build()
+        model.add_classes(2)
+        return model
+
+    model, inputs = extended(), {**case.inputs(), "class_labels": torch.tensor([10, 11])}
+    model.add_adapter(lora_config(**where))
+    model(**inputs).sample.square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad.sign()
+        output = model(**inputs).sample
+        assert not torch.allclose(output, extended()(**inputs).sample, atol=1e-3)
+        model.save_lora_adapter(tmp_path)
+
+        loaded = extended()
+        loaded.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+        torch.testing.assert_close(loaded(**inputs).sample, output, atol=1e-5, rtol=1e-5)
+        loaded.fuse_lora()
+        loaded.unload_lora()
+        torch.testing.assert_close(loaded(**inputs).sample, output, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_scale_switch_and_disable(case):
+    plain = case.run(case.build())
+    model = adapted(case, seed=0, name="first")
+    first = case.run(model)
     torch.manual_seed(1)
     model.add_adapter(lora_config(), adapter_name="second")
     model.set_adapters("second")
-    second = CASE.run(model)
+    second = case.run(model)
     assert not torch.allclose(first, second, atol=1e-3)
 
     model.set_adapters(["first", "second"], [1.0, 0.0])
-    torch.testing.assert_close(CASE.run(model), first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(model), first, atol=1e-5, rtol=1e-5)
     model.set_adapters(["first", "second"], [0.0, 0.0])
-    torch.testing.assert_close(CASE.run(model), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(model), plain, atol=1e-5, rtol=1e-5)
     model.disable_adapters()
-    torch.testing.assert_close(CASE.run(model), plain, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(model), plain, atol=1e-5, rtol=1e-5)
     model.enable_adapters()
     model.delete_adapters("second")
     model.set_adapters("first")
-    torch.testing.assert_close(CASE.run(model), first, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(model), first, atol=1e-5, rtol=1e-5)
 
 
-def test_fusing_an_adapter_keeps_its_effect():
-    model = adapted()
-    output = CASE.run(model)
+def test_fusing_an_adapter_keeps_its_effect(case):
+    model = adapted(case)
+    output = case.run(model)
     model.fuse_lora()
-    torch.testing.assert_close(CASE.run(model), output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(model), output, atol=1e-5, rtol=1e-5)
     model.unload_lora()
-    torch.testing.assert_close(CASE.run(model), output, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.run(model), output, atol=1e-5, rtol=1e-5)
 
 
-def test_only_the_adapter_trains():
-    model = adapted().train()
-    model(**CASE.inputs()).sample.square().mean().backward()
+def test_only_the_adapter_trains(case):
+    model = adapted(case).train()
+    model(**case.inputs()).sample.square().mean().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained and all("lora_" in name for name in trained)
 
 
 @pytest.mark.parametrize("ranks", [(5, 5), (3, 6), (6, 3)])
 @pytest.mark.parametrize("targets", [ATTENTION, ["to_q", "proj_in"]])
-def test_hotswapping_an_adapter(ranks, targets, tmp_path):
+def test_hotswapping_an_adapter(case, ranks, targets, tmp_path):
     outputs = []
     for index, rank in enumerate(ranks):
-        model = adapted(seed=index, name=f"adapter{index}", rank=rank, targets=targets)
-        outputs.append(CASE.run(model))
+        model = adapted(case, seed=index, name=f"adapter{index}", rank=rank, targets=targets)
+        outputs.append(case.run(model))
         model.save_lora_adapter(tmp_path / str(index), adapter_name=f"adapter{index}")
     assert not torch.allclose(*outputs, atol=1e-3)
 
-    model = tiny_transformer()
+    model = case.build()
     model.enable_lora_hotswap(target_rank=max(ranks))
     files = [tmp_path / str(index) / "pytorch_lora_weights.safetensors" for index in range(2)]
     model.load_lora_adapter(files[0], adapter_name="adapter", prefix=None)
-    torch.testing.assert_close(CASE.run(model), outputs[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(case.run(model), outputs[0], atol=1e-4, rtol=1e-4)
     model.load_lora_adapter(files[1], adapter_name="adapter", hotswap=True, prefix=None)
-    torch.testing.assert_close(CASE.run(model), outputs[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(case.run(model), outputs[1], atol=1e-4, rtol=1e-4)
     message = "Trying to hotswap LoRA adapter 'unknown' but there is no existing adapter by that name"
     with pytest.raises(ValueError, match=re.escape(message)):
         model.load_lora_adapter(files[1], adapter_name="unknown", hotswap=True, prefix=None)
 
 
-def test_hotswap_must_be_prepared_before_the_first_adapter():
+def test_hotswap_must_be_prepared_before_the_first_adapter(case):
     with pytest.raises(RuntimeError, match="before loading the first adapter"):
-        adapted().enable_lora_hotswap(target_rank=8)
+        adapted(case).enable_lora_hotswap(target_rank=8)
 
 
-def test_saving_an_unknown_adapter_raises(tmp_path):
+def test_saving_an_unknown_adapter_raises(case, tmp_path):
     with pytest.raises(ValueError, match="Adapter name unknown not found"):
-        adapted().save_lora_adapter(tmp_path, adapter_name="unknown")
+        adapted(case).save_lora_adapter(tmp_path, adapter_name="unknown")
 
 
-def test_adapters_work_with_layerwise_casting_and_fp8_storage():
-    model = adapted()
-    output = CASE.run(model)
+def test_adapters_work_with_layerwise_casting_and_fp8_storage(case):
+    model = adapted(case)
+    output = case.run(model)
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    correlation = torch.corrcoef(torch.stack([CASE.run(model).flatten(), output.flatten()]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([case.run(model).flatten(), output.flatten()]))[0, 1]
     assert correlation > 0.9
 
 
-def test_adapters_work_with_gradient_checkpointing():
+def test_adapters_work_with_gradient_checkpointing(case):
     gradients = []
     for checkpointing in (False, True):
-        model = adapted()
+        model = adapted(case)
         randomize_parameters(model, seed=1)
         if checkpointing:
             model.enable_gradient_checkpointing()
-        model.train()(**CASE.inputs(), class_drop_mask=torch.tensor([True, False])).sample.square().mean().backward()
+        model.train()(**case.inputs(), class_drop_mask=torch.tensor([True, False])).sample.square().mean().backward()
         gradients.append([p.grad for name, p in model.named_parameters() if "lora_" in name])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed)

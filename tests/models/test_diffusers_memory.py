@@ -10,7 +10,8 @@ from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
 from maetok_hf.models.layers import TransformerBlock
-from tests.testing_utils import MODEL_CASES, tiny_autoencoder
+from tests.models.cases import MODEL_CASES
+from tests.testing_utils import tiny_autoencoder
 
 
 @pytest.fixture(params=MODEL_CASES.values(), ids=MODEL_CASES.keys())

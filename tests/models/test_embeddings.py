@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from maetok_hf.models.embeddings import (
     MixedRotaryEmbedding,
     resample_position_embedding,
+    rotary_tables,
     sincos_position_embedding,
 )
+from maetok_hf.models.layers import apply_rotary_emb
 from tests.testing_utils import seeded_normal, tiny_autoencoder
 
 
@@ -22,6 +24,38 @@ def test_sincos_matches_the_formula():
             angle = position * 10000 ** (-2 * i / 16)
             assert abs(table[0, position, 2 * i].item() - math.sin(angle)) < 1e-6
             assert abs(table[0, position, 2 * i + 1].item() - math.cos(angle)) < 1e-6
+
+
+CPU = torch.device("cpu")
+
+
+def test_rotary_tables_match_the_formula():
+    cos, sin = rotary_tables(130, 8, CPU)
+    assert cos.shape == sin.shape == (130, 1, 4) and cos.dtype == sin.dtype == torch.float32
+    for position in (0, 1, 129):
+        for pair in range(4):
+            angle = position * 10000 ** (-2 * pair / 8)
+            assert abs(cos[position, 0, pair].item() - math.cos(angle)) < 2e-5
+            assert abs(sin[position, 0, pair].item() - math.sin(angle)) < 2e-5
+    assert rotary_tables(3, 8, CPU, torch.float64)[0].dtype == torch.float64
+
+
+def test_attention_logits_depend_on_the_distance_of_tokens_only():
+    query, key = seeded_normal(1, 6, 2, 8), seeded_normal(1, 6, 2, 8, seed=1)
+    tables = rotary_tables(40, 8, CPU)
+
+    def logits(first):
+        rotary_emb = [table[first : first + 6] for table in tables]
+        return torch.einsum("bqhd,bkhd->bhqk", *(apply_rotary_emb(t, *rotary_emb) for t in (query, key)))
+
+    for shift in (1, 7, 34):
+        torch.testing.assert_close(logits(shift), logits(0), atol=1e-4, rtol=1e-4)
+    # and they do depend on it: the same tokens at other distances
+    swapped = torch.einsum(
+        "bqhd,bkhd->bhqk", apply_rotary_emb(query, *(t[:6] for t in tables)),
+        apply_rotary_emb(key, *(t[6:12] for t in tables)),
+    )  # fmt: skip
+    assert not torch.allclose(swapped, logits(0), atol=0.1)
 
 
 def test_resampling_at_the_own_size_is_the_very_table():

@@ -10,6 +10,7 @@ from maetok_hf.models.layers import (
     LayerScale,
     MAETokAttention,
     Modulation,
+    RMSNorm,
     TransformerBlock,
     apply_rotary_emb,
     modulate_latents,
@@ -55,6 +56,11 @@ def reference_attention(attn, x, rotary_emb=None):
     for head in range(attn.heads):
         channels = slice(head * attn.head_dim, (head + 1) * attn.head_dim)
         query, key, value = (linear(x)[..., channels] for linear in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            query, key = (
+                t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * norm.weight
+                for t, norm in ((query, attn.norm_q), (key, attn.norm_k))
+            )
         if rotary_emb is not None:
             per_head = [table[:, head : head + 1] for table in rotary_emb]
             query, key = (apply_rotary_emb(t.unsqueeze(2), *per_head).squeeze(2) for t in (query, key))
@@ -65,14 +71,36 @@ def reference_attention(attn, x, rotary_emb=None):
 
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"qkv_bias": False}], ids=["plain", "qk_norm", "no_bias"])
 @torch.no_grad()
-def test_attention_matches_the_formula(rotary, fused):
-    attn, x = randomize_parameters(MAETokAttention(12, 3, 8)), seeded_normal(2, 5, 12)
+def test_attention_matches_the_formula(rotary, fused, options):
+    attn, x = randomize_parameters(MAETokAttention(12, 3, 8, **options)), seeded_normal(2, 5, 12)
     rotary_emb = tables(5, 3, 4)[1] if rotary else None
     expected = reference_attention(attn, x, rotary_emb)
     if fused:
         attn.fuse_projections()
     torch.testing.assert_close(attn(x, rotary_emb=rotary_emb), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_normalised_queries_and_keys_forget_their_scale():
+    """Logits cannot grow: scaling the projections of queries and keys changes nothing, without the norm it does."""
+    x = seeded_normal(2, 5, 12)
+    for qk_norm in (True, False):
+        attn = randomize_parameters(MAETokAttention(12, 3, 8, qk_norm=qk_norm))
+        expected = attn(x)
+        for linear, factor in ((attn.to_q, 50.0), (attn.to_k, 7.0)):
+            linear.weight *= factor
+            linear.bias *= factor
+        assert torch.allclose(attn(x), expected, atol=1e-4) == qk_norm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rms_norm_is_a_scaled_unit_root_mean_square_in_the_dtype_of_its_input(dtype):
+    norm, x = randomize_parameters(RMSNorm(8, eps=1e-6)), seeded_normal(4, 8).to(dtype)
+    assert norm(x).dtype == dtype
+    rms = (norm(x).double() / norm.weight.double()).square().mean(-1).sqrt()
+    torch.testing.assert_close(rms, torch.ones_like(rms), atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -159,6 +187,45 @@ def test_adaln_zero_block_matches_the_formula():
     h = x + gate1 * reference_attention(block.attn, norm(x) * (1 + scale1) + shift1)
     expected = h + gate2 * fc2(F.gelu(fc1(norm(h) * (1 + scale2) + shift2), approximate="tanh"))
     torch.testing.assert_close(block(x, conditioning), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_rms_norm_block_with_gated_mlp_matches_the_formula():
+    block = randomize_parameters(
+        TransformerBlock(
+            12, 3, 4, activation_fn="swiglu", modulation="adaln_zero", conditioning_dim=5, norm_type="rms_norm",
+            qk_norm=True,
+        )
+    )  # fmt: skip
+    x, conditioning = seeded_normal(2, 7, 12), seeded_normal(2, 5, seed=1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = (term.unsqueeze(1) for term in block.modulation(conditioning))
+
+    def rms_norm(h, weight):
+        return h * (h.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+    def mlp(h):
+        value, gate = block.ff.net[0].proj(h).chunk(2, dim=-1)
+        return block.ff.net[2](value * F.silu(gate))
+
+    h = x + gate1 * reference_attention(block.attn, rms_norm(x, block.norm1.weight) * (1 + scale1) + shift1)
+    expected = h + gate2 * mlp(rms_norm(h, block.norm2.weight) * (1 + scale2) + shift2)
+    torch.testing.assert_close(block(x, conditioning), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_block_with_skip_connection_merges_before_everything():
+    block = randomize_parameters(TransformerBlock(12, 3, 4, layer_scale_init_value=None, skip_connection=True))
+    x, skip = seeded_normal(2, 7, 12), seeded_normal(2, 7, 12, seed=1)
+    merged = block.skip_proj(torch.cat([x, skip], dim=-1))
+    h = merged + reference_attention(block.attn, block.norm1(merged))
+    torch.testing.assert_close(block(x, skip=skip), h + block.ff(block.norm2(h)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(768, 2048), (1152, 3072), (1024, 2730)])
+def test_gated_mlp_has_two_thirds_of_the_width_rounded_down(width, hidden):
+    with torch.device("meta"):
+        block = TransformerBlock(width, 1, width, activation_fn="swiglu")
+    assert block.ff.net[0].proj.out_features == 2 * hidden and block.ff.net[2].in_features == hidden
 
 
 @pytest.mark.parametrize(("width", "ratio", "hidden"), [(768, 4.0, 3072), (384, 1000 / 384, 1000), (768, 8 / 3, 2048)])

@@ -1,4 +1,4 @@
-"""Position tables: fixed 1D sine-cosine, learned absolute grids that can be resampled, and mixed 2D rotary."""
+"""Position tables: fixed 1D sine-cosine, 1D rotary, learned absolute grids that can be resampled, mixed 2D rotary."""
 
 import math
 
@@ -24,6 +24,28 @@ def sincos_position_embedding(num_positions: int, dim: int) -> torch.Tensor:
     frequency = torch.exp(torch.arange(0, dim, 2, dtype=torch.float64) * (-math.log(10000.0) / dim))
     table = torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1)
     return table.flatten(1).unsqueeze(0).to(torch.float32)
+
+
+def rotary_tables(
+    num_positions: int, attention_head_dim: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Rotary positions of a token sequence (RoFormer, arXiv 2104.09864, equation 15): pair `j` of the token at index `n`
+    is turned by `n * 10000 ** (-2 j / attention_head_dim)`, in every head alike.
+
+    Args:
+        num_positions (`int`): Length of the sequence.
+        attention_head_dim (`int`): Channels per head, even.
+        device (`torch.device`): Where the tables are made.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Float32 or float64.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Cosines and sines, each of shape `(num_positions, 1, head_dim // 2)`.
+    """
+    exponent = torch.arange(0, attention_head_dim, 2, dtype=dtype, device=device) / -attention_head_dim
+    positions = torch.arange(num_positions, dtype=dtype, device=device)
+    angles = (positions.unsqueeze(1) * torch.pow(10000.0, exponent)).unsqueeze(1)
+    return torch.cos(angles), torch.sin(angles)
 
 
 def resample_position_embedding(

@@ -17,7 +17,8 @@ def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, heads, head_dim)`): Queries or keys.
-        cos, sin (`torch.Tensor` of shape `(sequence_length, heads, head_dim // 2)`): Float32 or float64 tables.
+        cos, sin (`torch.Tensor` of shape `(sequence_length, heads or 1, head_dim // 2)`):
+            Float32 or float64 tables; one head's tables serve all heads.
 
     Returns:
         `torch.Tensor`: Shape and dtype of `hidden_states`; the rotation itself runs in float32 at least.
@@ -51,6 +52,8 @@ class MAETokAttnProcessor:
         key = key.unflatten(-1, (-1, attn.head_dim))
         value = value.unflatten(-1, (-1, attn.head_dim))
 
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
         if rotary_emb is not None:
             query = apply_rotary_emb(query, *rotary_emb)
             key = apply_rotary_emb(key, *rotary_emb)
@@ -67,14 +70,43 @@ class MAETokAttnProcessor:
         return attn.to_out[1](attn.to_out[0](hidden_states))
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (arXiv 1910.07467) with a learned scale, whose output has the dtype of its input."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # torch's kernels want one dtype; under autocast the scale is float32 and the tokens are not
+        return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
+
+
+def build_norm(norm_type: Literal["layer_norm", "rms_norm"], dim: int, eps: float, affine: bool) -> nn.Module:
+    """
+    The norm of a block or of a model's end.
+
+    Args:
+        norm_type (`str`): `"layer_norm"` or `"rms_norm"`.
+        dim (`int`): Width of the tokens.
+        eps (`float`): Added to the variance.
+        affine (`bool`): Whether a layer norm scales and shifts; an RMS norm always has its scale.
+
+    Returns:
+        `torch.nn.Module`: The norm.
+    """
+    if norm_type == "rms_norm":
+        return RMSNorm(dim, eps=eps)
+    return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
+
+
 class MAETokAttention(nn.Module, AttentionModuleMixin):
     """
-    Multi-head self-attention with biased query, key, value and output projections.
+    Multi-head self-attention with a biased output projection.
 
     Args:
         dim (`int`): Width of the tokens.
         num_attention_heads (`int`): Number of heads.
         attention_head_dim (`int`): Channels per head.
+        qkv_bias (`bool`, *optional*, defaults to `True`): Whether the query, key and value projections have biases.
+        qk_norm (`bool`, *optional*, defaults to `False`):
+            Whether each head's queries and keys pass an RMS norm, before they are rotated (arXiv 2302.05442).
         processor (*optional*): Attention processor; defaults to [`MAETokAttnProcessor`].
     """
 
@@ -83,16 +115,26 @@ class MAETokAttention(nn.Module, AttentionModuleMixin):
     # read by diffusers' layer-skipping hooks, which look it up on every attention module
     is_cross_attention = False
 
-    def __init__(self, dim: int, num_attention_heads: int, attention_head_dim: int, processor=None):
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        processor=None,
+    ):
         super().__init__()
         self.heads = num_attention_heads
         self.head_dim = attention_head_dim
         self.inner_dim = num_attention_heads * attention_head_dim
-        self.use_bias = True
+        self.use_bias = qkv_bias  # the name under which diffusers looks it up to fuse the projections
 
-        self.to_q = nn.Linear(dim, self.inner_dim)
-        self.to_k = nn.Linear(dim, self.inner_dim)
-        self.to_v = nn.Linear(dim, self.inner_dim)
+        self.to_q = nn.Linear(dim, self.inner_dim, bias=qkv_bias)
+        self.to_k = nn.Linear(dim, self.inner_dim, bias=qkv_bias)
+        self.to_v = nn.Linear(dim, self.inner_dim, bias=qkv_bias)
+        self.norm_q = RMSNorm(attention_head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = RMSNorm(attention_head_dim, eps=1e-6) if qk_norm else None
         self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, dim), nn.Dropout(0.0)])
         self.set_processor(processor if processor is not None else self._default_processor_cls())
 
@@ -179,17 +221,26 @@ class TransformerBlock(nn.Module):
         dim (`int`): Width of the tokens.
         num_attention_heads (`int`): Number of heads.
         attention_head_dim (`int`): Channels per head.
-        mlp_ratio (`float`, *optional*, defaults to 4.0): Hidden width of the MLP over `dim`.
+        mlp_ratio (`float`, *optional*, defaults to 4.0):
+            Hidden width of the MLP over `dim`; a gated MLP gets two thirds of it, and so as many parameters.
         activation_fn (`str`, *optional*, defaults to `"gelu"`):
-            `"gelu"` (exact, tokenizer) or `"gelu-approximate"` (tanh, SiT).
+            `"gelu"` (exact; tokenizer, U-SiT), `"gelu-approximate"` (tanh; SiT) or `"swiglu"` (gated; LightningDiT).
         modulation (`str`, *optional*):
-            What the conditioning does. `None`: nothing, the norms are affine and LayerScale scales the branches.
+            What the conditioning does. `None`: nothing, the norms are affine and LayerScale may scale the branches.
             `"latent"`: the conditioning is the latents of shape `(batch_size, num_latent_tokens, conditioning_dim)`,
             which scale and shift the trailing latent tokens after each norm. `"adaln_zero"`: it is one vector of shape
             `(batch_size, conditioning_dim)`, which shifts, scales and gates every token (DiT, arXiv 2212.09748).
         conditioning_dim (`int`, *optional*): Channels of the conditioning, if there is any.
-        layer_scale_init_value (`float`, *optional*, defaults to 1e-5): Initial LayerScale, without modulation only.
+        layer_scale_init_value (`float`, *optional*, defaults to 1e-5):
+            Initial LayerScale, without modulation only. `None` for no LayerScale.
         drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth of both branches, in training only.
+        norm_type (`str`, *optional*, defaults to `"layer_norm"`): `"layer_norm"` or `"rms_norm"`.
+        norm_eps (`float`, *optional*, defaults to 1e-6): Added to the variance in the norms.
+        qkv_bias (`bool`, *optional*, defaults to `True`): See [`MAETokAttention`].
+        qk_norm (`bool`, *optional*, defaults to `False`): See [`MAETokAttention`].
+        skip_connection (`bool`, *optional*, defaults to `False`):
+            Whether the block takes the tokens of an earlier one, `skip`, and first merges them with its own by
+            concatenation and a linear (U-ViT, arXiv 2209.12152).
     """
 
     def __init__(
@@ -201,8 +252,13 @@ class TransformerBlock(nn.Module):
         activation_fn: str = "gelu",
         modulation: Literal["latent", "adaln_zero"] | None = None,
         conditioning_dim: int | None = None,
-        layer_scale_init_value: float = 1e-5,
+        layer_scale_init_value: float | None = 1e-5,
         drop_path_rate: float = 0.0,
+        norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm",
+        norm_eps: float = 1e-6,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        skip_connection: bool = False,
     ):
         super().__init__()
         self.modulation_type = modulation
@@ -210,21 +266,28 @@ class TransformerBlock(nn.Module):
         if modulation is not None:
             self.modulation = Modulation(conditioning_dim, dim, 4 if modulation == "latent" else 6)
 
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
-        self.attn = MAETokAttention(dim, num_attention_heads, attention_head_dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=affine)
+        self.norm1 = build_norm(norm_type, dim, norm_eps, affine)
+        self.attn = MAETokAttention(dim, num_attention_heads, attention_head_dim, qkv_bias, qk_norm)
+        self.norm2 = build_norm(norm_type, dim, norm_eps, affine)
         # rounded: a ratio that a converter divides out of two widths may miss the integer by an ulp
-        self.ff = FeedForward(dim, inner_dim=round(dim * mlp_ratio), activation_fn=activation_fn)
-        self.scale1 = LayerScale(dim, layer_scale_init_value) if affine else nn.Identity()
-        self.scale2 = LayerScale(dim, layer_scale_init_value) if affine else nn.Identity()
+        inner_dim = int(2 * round(dim * mlp_ratio) / 3) if activation_fn == "swiglu" else round(dim * mlp_ratio)
+        self.ff = FeedForward(dim, inner_dim=inner_dim, activation_fn=activation_fn)
+        layer_scale = affine and layer_scale_init_value is not None
+        self.scale1 = LayerScale(dim, layer_scale_init_value) if layer_scale else nn.Identity()
+        self.scale2 = LayerScale(dim, layer_scale_init_value) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        # inside the block, so that caches that pass tokens through a block pass them by its merge as well
+        self.skip_proj = nn.Linear(2 * dim, dim) if skip_connection else None
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         conditioning: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if self.skip_proj is not None:
+            hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1))
         if self.modulation_type == "adaln_zero":
             terms = [term.unsqueeze(1) for term in self.modulation(conditioning)]  # (B, 1, dim) each
             shift1, scale1, gate1, shift2, scale2, gate2 = terms
@@ -242,6 +305,23 @@ class TransformerBlock(nn.Module):
         if self.modulation_type == "latent":
             normed = modulate_latents(normed, shift2, scale2)
         return hidden_states + self.drop_path(self.scale2(self.ff(normed)))
+
+
+def run_block(model: nn.Module, block: TransformerBlock, *args) -> torch.Tensor:
+    """
+    Run one block of a model, recomputed in the backward pass if the model's gradient checkpointing is switched on.
+
+    Args:
+        model (`torch.nn.Module`): Holder of the block and of the attribute `gradient_checkpointing`.
+        block ([`TransformerBlock`]): The block.
+        args: Arguments of its `forward`, all positional: diffusers' checkpointing takes no others.
+
+    Returns:
+        `torch.Tensor`: The block's tokens.
+    """
+    if torch.is_grad_enabled() and model.gradient_checkpointing:
+        return model._gradient_checkpointing_func(block, *args)
+    return block(*args)
 
 
 def compile_apart(blocks: Iterable[TransformerBlock], *args, **kwargs) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .embeddings import MixedRotaryEmbedding, resample_position_embedding
-from .layers import Modulation, TransformerBlock, modulate_latents
+from .layers import Modulation, TransformerBlock, modulate_latents, run_block
 
 
 def _run_blocks(
@@ -22,10 +22,7 @@ def _run_blocks(
         rotary_embs = model.rope(grid, num_prefix_tokens, num_suffix_tokens)
 
     for block, rotary_emb in zip(model.transformer_blocks, rotary_embs, strict=True):
-        if torch.is_grad_enabled() and model.gradient_checkpointing:
-            hidden_states = model._gradient_checkpointing_func(block, hidden_states, conditioning, rotary_emb)
-        else:
-            hidden_states = block(hidden_states, conditioning, rotary_emb)
+        hidden_states = run_block(model, block, hidden_states, conditioning, rotary_emb)
     return hidden_states
 
 
