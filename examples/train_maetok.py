@@ -49,8 +49,8 @@ from maetok_hf.seeding import keyed_seed
 from maetok_hf.training.checkpointing import data_identity, export, model_digest, write_json
 from maetok_hf.training.discriminator_objective import sample_adversarial_draws
 from maetok_hf.training.draws import sample_noise
-from maetok_hf.training.interruption import outlive_stop_signal
-from maetok_hf.training.latent_statistics import LatentStatistics, encode_latents
+from maetok_hf.training.interruption import end_process
+from maetok_hf.training.latent_statistics import measure_latents
 from maetok_hf.training.masking import sample_masks
 from maetok_hf.training.model_card import write_model_card
 from maetok_hf.training.optim import create_ema, set_learning_rate
@@ -83,8 +83,7 @@ def open_data(recipe: TokenizerRecipe, options: TokenizerRunOptions, accelerator
         "cache_dir": options.cache_dir,
         "use_labels": False,
     }
-    with accelerator.main_process_first():
-        source = open_images(options.dataset_name, split=options.train_split, **data)
+    source = open_images(options.dataset_name, split=options.train_split, **data)
     settings = {
         "batch_size": options.micro_batch_size(recipe.total_batch_size, accelerator.num_processes),
         "seed": options.seed,
@@ -102,7 +101,10 @@ def open_data(recipe: TokenizerRecipe, options: TokenizerRunOptions, accelerator
         random_flip=recipe.random_flip,
         **settings,
     )
-    unaugmented = StreamingImages(source, resolution=recipe.resolution, random_flip=False, **settings)
+    # Small blocks: statistics want few images, and these from everywhere.
+    unaugmented = StreamingImages(
+        source, resolution=recipe.resolution, random_flip=False, block_size=stream.batch_size, **settings
+    )
     if options.validation_split is None:
         return stream, unaugmented, None
     held_out_source = open_images(options.dataset_name, split=options.validation_split, **data)
@@ -117,6 +119,19 @@ def open_data(recipe: TokenizerRecipe, options: TokenizerRunOptions, accelerator
     return stream, unaugmented, held_out
 
 
+def check_statistics_unused(recipe: TokenizerRecipe, options: TokenizerRunOptions) -> None:
+    """Refuse settings of a measurement that a run whose latents have their statistics already does not make."""
+    defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
+    names = ["latent_statistics", "latent_statistics_images"]
+    given = [name for name in names if getattr(recipe, name) != defaults[name]]
+    given += ["checkpoint_statistics_images"] if options.checkpoint_statistics_images is not None else []
+    if given:
+        raise ValueError(
+            f"`{given[0]}` has no effect: the latents of {options.pretrained_model_name_or_path} have statistics, and "
+            f"the stage {recipe.stage!r} keeps them. Remove it."
+        )
+
+
 class TokenizerTraining:
     """One training run of a tokenizer: what is trained, and what happens in a step."""
 
@@ -127,8 +142,9 @@ class TokenizerTraining:
                 "`caption_column` names the captions that the auxiliary target 'text' predicts: it is "
                 f"{options.caption_column!r} and the recipe's `auxiliary_targets` are {recipe.auxiliary_targets}."
             )
-        adversarial = recipe.adversarial_weight > 0
-        self.run = TrainingRun(recipe, options, f"tokenizer, {recipe.stage}", several_models=adversarial)
+        if not MODEL_CARD.is_file():
+            raise ValueError(f"The model card's template {MODEL_CARD} is missing: run this script where it lies.")
+        self.run = TrainingRun(recipe, options, f"tokenizer, {recipe.stage}")
         self.accelerator, self.device = self.run.accelerator, self.run.device
 
         # Models. Frozen networks (teachers, LPIPS, the discriminator's trunk) are no part of what is prepared.
@@ -138,9 +154,12 @@ class TokenizerTraining:
         self.objective = make_tokenizer_objective(
             recipe, self.tokenizer, options.seed, self.discriminator, self.captions_to_tokens
         )
-        self.initial_digest = model_digest(self.tokenizer)
+        # Only of a tokenizer that was given: the last bits of what is drawn may differ from processor to processor.
+        self.given_digest = options.pretrained_model_name_or_path and model_digest(self.tokenizer)
         # Stage 2 leaves the latents as they are, and a generator may have been trained on them already.
         self.latents_change = recipe.stage == "mask_modelling" or self.tokenizer.config.latents_mean is None
+        if not self.latents_change:
+            check_statistics_unused(recipe, options)
         if options.gradient_checkpointing:
             self.objective.enable_gradient_checkpointing()
         if options.torch_compile:
@@ -174,7 +193,7 @@ class TokenizerTraining:
         first_step = self.run.begin(
             {
                 "data": data_identity(self.stream.source),
-                "initial_tokenizer": self.initial_digest,
+                "given_tokenizer": self.given_digest,
                 "micro_batch_size": self.stream.batch_size,
                 "num_streams": self.stream.num_streams,
             },
@@ -198,13 +217,14 @@ class TokenizerTraining:
         recipe, options, run = self.recipe, self.options, self.run
         first_step = self.begin()
         self.stream.set_start(first_step * options.gradient_accumulation_steps)
-        loader = self.stream.dataloader(pin_memory=self.device.type == "cuda")
-        loader.worker_init_fn = outlive_stop_signal
-        micro_batches = iter(loader)
+        micro_batches = iter(self.stream.dataloader(pin_memory=self.device.type == "cuda"))
         self.model.train()
+        if first_step > 0 and not self.has_statistics(first_step):
+            self.examine(first_step, saved=True)  # the run was stopped before it could
         for step in range(first_step, recipe.max_train_steps):
             learning_rate = recipe.learning_rate_at(step)
             set_learning_rate(self.optimizer, learning_rate)
+            mask_ratio = recipe.mask_ratio_at(step, options.seed)
             for part in range(options.gradient_accumulation_steps):
                 batch = next(micro_batches)
                 self.row_counts += batch["counts"]
@@ -212,26 +232,25 @@ class TokenizerTraining:
                 micro_batch = part * self.accelerator.num_processes + self.accelerator.process_index
                 torch.manual_seed(keyed_seed(options.seed, "dropout", step, micro_batch))
                 with self.accelerator.accumulate(self.model):
-                    self.micro_step(step, batch)
+                    self.micro_step(step, batch, mask_ratio)
             done = step + 1
-            save = run.end_step(
-                step, {"learning_rate": learning_rate, "mask_ratio": recipe.mask_ratio_at(step, options.seed)}
-            )
+            save = run.end_step(step, {"learning_rate": learning_rate, "mask_ratio": mask_ratio})
             if done % self.steps_per_epoch == 0:
                 self.report_epoch(done // self.steps_per_epoch)
-            if options.validation_steps and done % options.validation_steps == 0 and done < recipe.max_train_steps:
-                self.validate(whole_copy(self.tokenizer, self.ema, self.device), done)
             if save:
-                self.save(step)
+                row_counts = self.accelerator.reduce(self.row_counts.to(self.device))
+                run.save(step, {"row_counts": row_counts.tolist()})
+            if not run.stopping:
+                self.examine(done, save)
             run.leave_if_asked(step)
         run.end()
         self.finish()
 
-    def micro_step(self, step: int, batch: dict) -> None:
+    def micro_step(self, step: int, batch: dict, mask_ratio: float) -> None:
         """Forward and backward passes of a micro-batch, and the optimisers' steps if it is the last of the step."""
         scales = self.recipe.loss_scales_at(step)
         judged = self.discriminator is not None and scales["adversarial"] > 0
-        inputs = self.make_inputs(step, batch)
+        inputs = self.make_inputs(step, batch, mask_ratio)
         with self.accelerator.autocast():
             draws = self.adversarial_draws("generator", step, batch, ["fake"]) if judged else None
             terms, reconstructions = self.model(**inputs, scales=scales, adversarial_draws=draws)
@@ -268,12 +287,11 @@ class TokenizerTraining:
             self.discriminator_optimizer.zero_grad()
             self.discriminator.end_step(self.run.average)
 
-    def make_inputs(self, step: int, batch: dict) -> dict[str, torch.Tensor]:
+    def make_inputs(self, step: int, batch: dict, mask_ratio: float) -> dict[str, torch.Tensor]:
         """A micro-batch and its draws as the objective takes them, on the device."""
         config, seed, indices = self.tokenizer.config, self.options.seed, batch["indices"]
         inputs = {"pixel_values": to_pixel_values(batch["images"], self.device)}
         num_patches = math.prod(side // config.patch_size for side in batch["images"].shape[-2:])
-        mask_ratio = self.recipe.mask_ratio_at(step, seed)
         if mask_ratio > 0:
             inputs["mask"] = sample_masks(seed, step, indices, num_patches, mask_ratio)
         if config.gaussian_posterior:
@@ -294,29 +312,34 @@ class TokenizerTraining:
         self.accelerator.print(f"Epoch {epoch} of the images is over: {describe_counts(counts)}")
         self.row_counts.zero_()
 
-    def latent_statistics(self, tokenizer: AutoencoderMAE, num_images: int) -> dict[str, Any]:
-        """Config values: mean and standard deviation of the latents of at least `num_images` training images."""
-        statistics = LatentStatistics(tokenizer.config.latent_channels)
+    def latent_statistics(self, tokenizers: dict[str, AutoencoderMAE], num_images: int) -> dict[str, dict[str, Any]]:
+        """Config values of each: mean and standard deviation of its latents of at least `num_images` images."""
         per_round = self.unaugmented.batch_size * self.accelerator.num_processes
         rounds = min(-(-num_images // per_round), self.unaugmented.micro_batches_per_epoch)
-        for _, batch in zip(range(rounds), self.unaugmented.dataloader(), strict=False):
-            statistics.update(encode_latents(tokenizer, to_pixel_values(batch["images"], self.device)))
-        states = self.accelerator.gather(statistics.state()[None].to(self.device))
-        mean, std = LatentStatistics.merged(states).result(self.recipe.latent_statistics)
-        return {"latents_mean": mean, "latents_std": std}
+        batches = zip(range(rounds), self.unaugmented.dataloader(), strict=False)
+        pixel_values = (to_pixel_values(batch["images"], self.device) for _, batch in batches)
+        return measure_latents(tokenizers, pixel_values, self.recipe.latent_statistics, self.accelerator.gather)
 
-    def save(self, step: int) -> None:
-        """A checkpoint, whose models have the statistics of the latents of their own weights."""
-        configs = {}
-        for folder, ema in (("tokenizer", None), ("tokenizer_ema", self.ema)) if self.latents_change else ():
-            copy = whole_copy(self.tokenizer, ema, self.device)
-            try:
-                configs[folder] = self.latent_statistics(copy, self.options.checkpoint_statistics_images)
-            except ValueError as error:
-                logging.warning("%s of the checkpoint has no statistics of its latents: %s", folder, error)
-        row_counts = self.accelerator.reduce(self.row_counts.to(self.device))
-        checkpoint = self.run.save(step, {"row_counts": row_counts.tolist()}, configs)
-        self.run.publish(lambda: self.with_card(checkpoint / "tokenizer_ema", step + 1), step + 1)
+    def has_statistics(self, done: int) -> bool:
+        """Whether nothing has to be measured of the latents of the checkpoint after `done` steps."""
+        folder = self.run.checkpoint(done) / "tokenizer_ema"
+        return not self.latents_change or AutoencoderMAE.load_config(folder)["latents_mean"] is not None
+
+    def examine(self, done: int, saved: bool) -> None:
+        """What is due after a step and may take long: statistics of saved latents, held-out images, an upload."""
+        every = self.options.validation_steps
+        validated = every and done % every == 0 and done < self.recipe.max_train_steps
+        if not (saved or validated):
+            return
+        average = whole_copy(self.tokenizer, self.ema, self.device)
+        if saved and self.latents_change:
+            copies = {"tokenizer": whole_copy(self.tokenizer, None, self.device), "tokenizer_ema": average}
+            configs = self.latent_statistics(copies, self.options.checkpoint_statistics_images or 1024)
+            self.run.add_to_configs(done, configs)
+        if validated:
+            self.validate(average, done)
+        if saved:
+            self.run.publish(lambda: self.with_card(self.run.checkpoint(done) / "tokenizer_ema", done), done)
 
     def with_card(self, folder: Path, step: int, metrics: dict[str, float] | None = None) -> dict[str, Path]:
         """The files of a saved tokenizer, its card and the newest picture, by their names in a Hub repository."""
@@ -341,22 +364,29 @@ class TokenizerTraining:
         return files
 
     @torch.no_grad()
-    def validate(self, tokenizer: AutoencoderMAE, step: int) -> dict[str, float]:
+    def validate(self, tokenizer: AutoencoderMAE, step: int) -> dict[str, float] | None:
         """PSNR, SSIM and, with its network, LPIPS of unmasked held-out reconstructions, and a picture of the first."""
         metrics, picture = ReconstructionMetrics(self.objective.perceptual), None
+        counts = torch.zeros(len(COUNT_NAMES), dtype=torch.int64)
         for batch in self.held_out:
+            counts += batch["counts"]
             pixel_values = to_pixel_values(batch["images"], self.device)
             reconstructions = tokenizer(pixel_values).sample
             metrics.update(reconstructions, pixel_values)
             if picture is None:
                 picture = reconstruction_grid(pixel_values[:PICTURE_IMAGES], reconstructions[:PICTURE_IMAGES])
-        result = ReconstructionMetrics.merged(self.accelerator.gather(metrics.state()[None].to(self.device))).result()
-        if self.accelerator.is_main_process:
+        counts = describe_counts(self.accelerator.reduce(counts.to(self.device)).cpu())
+        metrics = ReconstructionMetrics.merged(self.accelerator.gather(metrics.state()[None].to(self.device)))
+        if metrics.num_images == 0:
+            logging.warning("Held-out images after step %d: not one can be used.", step)
+            return None
+        result = metrics.result()
+        if picture is not None and self.accelerator.is_main_process:
             write_png(self.run.output_dir / "validation" / f"step-{step}.png", picture)
             self.run.trackers.log_image("validation/reconstructions", picture, step)
         self.run.trackers.log({f"validation/{name}": value for name, value in result.items()}, step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        self.accelerator.print(f"Held-out images after step {step}: {shown}")
+        self.accelerator.print(f"Held-out images after step {step}: {shown} ({counts})")
         return result
 
     def finish(self) -> None:
@@ -364,18 +394,21 @@ class TokenizerTraining:
         steps, output_dir = self.recipe.max_train_steps, self.run.output_dir
         tokenizer = whole_copy(self.tokenizer, self.ema, self.device)
         if self.latents_change:
-            tokenizer.register_to_config(**self.latent_statistics(tokenizer, self.recipe.latent_statistics_images))
-        metrics = None if self.held_out is None else self.validate(tokenizer, steps)
+            configs = self.latent_statistics({"tokenizer": tokenizer}, self.recipe.latent_statistics_images)
+            tokenizer.register_to_config(**configs.get("tokenizer", {}))
         if self.accelerator.is_main_process:
             export(output_dir, tokenizer.save_pretrained)
+        metrics = None if self.held_out is None else self.validate(tokenizer, steps)
+        if self.accelerator.is_main_process:
             report = self.run.report() | {
                 "num_parameters": tokenizer.num_parameters(),
-                "given_tokenizer": self.options.pretrained_model_name_or_path and self.initial_digest,
+                "given_tokenizer": self.given_digest,
                 "held_out": metrics,
                 "latents_mean": tokenizer.config.latents_mean,
                 "latents_std": tokenizer.config.latents_std,
             }
             write_json(output_dir / "train_report.json", report)
+            self.with_card(output_dir, steps, metrics)  # also for an upload by hand
         self.run.publish(lambda: self.with_card(output_dir, steps, metrics), steps)
         self.accelerator.print(f"Saved to {output_dir}")
         self.run.close()
@@ -394,3 +427,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end_process()

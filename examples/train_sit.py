@@ -35,7 +35,7 @@ from maetok_hf.schedulers import FlowMatchEulerMaruyamaScheduler
 from maetok_hf.seeding import keyed_seed
 from maetok_hf.training.checkpointing import Checkpointer, data_identity, export, model_digest, write_json
 from maetok_hf.training.flow_matching import FlowMatchingObjective, sample_flow_draws
-from maetok_hf.training.interruption import RunLock, StopRequest, outlive_stop_signal
+from maetok_hf.training.interruption import RunLock, StopRequest, end_process
 from maetok_hf.training.latent_cache import LatentCache
 from maetok_hf.training.latent_statistics import encode_latents
 from maetok_hf.training.optim import create_ema, set_learning_rate
@@ -122,9 +122,7 @@ def cache_latents(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
-        loader = torch.utils.data.DataLoader(
-            images, batch_size=None, num_workers=options.dataloader_num_workers, worker_init_fn=outlive_stop_signal
-        )
+        loader = images.dataloader(options.dataloader_num_workers)
         LatentCache.fill(folder, loader, lambda pixels: encode(tokenizer, pixels, accelerator))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -154,22 +152,21 @@ def main():
     )
     logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
-    configure_sharding(accelerator, several_models=False)
+    configure_sharding(accelerator, supports_deepspeed=True)
     output_dir = Path(options.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(output_dir) if accelerator.is_main_process else None
 
     # 2. Frozen tokenizer and data, whose order depends on the seed, not on processes, workers or restarts
     tokenizer = load_tokenizer(options, recipe).to(accelerator.device)
-    with accelerator.main_process_first():
-        source = open_images(
-            options.dataset_name,
-            split=options.train_split,
-            name=options.dataset_config_name,
-            image_column=options.image_column,
-            label_column=options.label_column,
-            cache_dir=options.cache_dir,
-        )
+    source = open_images(
+        options.dataset_name,
+        split=options.train_split,
+        name=options.dataset_config_name,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        cache_dir=options.cache_dir,
+    )
     micro_batch_size = options.micro_batch_size(recipe.total_batch_size, accelerator.num_processes)
     configure_deepspeed(accelerator, micro_batch_size, recipe.max_grad_norm)
     latent_identity = {
@@ -233,7 +230,6 @@ def main():
     else:
         stream.set_start(start_micro_batch)
         loader = stream.dataloader(pin_memory=accelerator.device.type == "cuda")
-        loader.worker_init_fn = outlive_stop_signal
         batches = encoded_batches(loader, tokenizer, accelerator)
     accelerator.print(
         f"{transformer.num_parameters() / 1e6:.1f} M parameters, {source.num_rows} images of "
@@ -321,3 +317,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -137,6 +137,13 @@ def test_counts_of_a_batch_that_is_left_out_whole_come_with_the_next(make_source
     assert [describe_counts(batch["counts"]) for batch in batches] == ["3 corrupt", "nothing unusual"]
 
 
+def test_counts_of_last_batches_that_are_left_out_whole_come_with_the_last_there_is(make_source, toy):
+    source = make_source(images=[toy.png(0), b"", toy.png(2), toy.png(3), b"", b"", b""])
+    batches = list(HeldOutImages(source, resolution=8, batch_size=2))
+    assert [batch["indices"].tolist() for batch in batches] == [[0], [2, 3]]
+    assert [describe_counts(batch["counts"]) for batch in batches] == ["1 corrupt", "3 corrupt"]
+
+
 def test_counts_are_described_in_words():
     counts = count_names(["enlarged", "corrupt", "enlarged"])
     assert counts.dtype == torch.int64 and counts.shape == (len(COUNT_NAMES),)
@@ -172,7 +179,8 @@ def test_thousands_of_bad_rows_do_not_flood_the_log(caplog):
     warn = RowWarnings(logging.getLogger("maetok_hf.data"), "the data")
     with caplog.at_level(logging.WARNING, "maetok_hf"):
         for row in range(12345):
-            warn(f"Row {row} is bad.")
+            warn(row, f"Row {row} is bad.")
+            warn(row, "Again.")
     messages = [record.getMessage() for record in caplog.records]
     assert messages[: MAX_ROW_WARNINGS - 1] == [f"Row {row} is bad." for row in range(MAX_ROW_WARNINGS - 1)]
     assert messages[MAX_ROW_WARNINGS - 1] == "Row 9 is bad. Further rows are counted only."
@@ -187,3 +195,22 @@ def test_a_stream_of_bad_rows_logs_a_few_and_counts_all(make_source, toy, caplog
         counts = sum(batch["counts"] for _, batch in zip(range(15), images, strict=False))
     assert describe_counts(counts) == "59 corrupt"
     assert len(caplog.records) == MAX_ROW_WARNINGS
+
+
+def warned_rows(caplog):
+    return sorted(int(record.getMessage().split()[1]) for record in caplog.records)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_row_is_reported_once_whichever_loader_meets_it_how_often(make_source, toy, caplog, num_workers):
+    bad = [3, 11, 12]
+    source = make_source(images=[b"" if index in bad else toy.png(index) for index in range(16)])
+    settings = {"resolution": 8, "batch_size": 4, "seed": 0, "num_workers": num_workers}
+    with caplog.at_level(logging.WARNING, "maetok_hf"):
+        for images in (StreamingImages(source, **settings), StreamingImages(source, shuffle=False, **settings)):
+            for _ in range(2):
+                epochs = [batch for _, batch in zip(range(8), images.dataloader(), strict=False)]
+                assert describe_counts(sum(batch["counts"] for batch in epochs)) == "6 corrupt"
+                assert not any("problems" in batch for batch in epochs)
+        list(HeldOutImages(source, resolution=8, batch_size=4).dataloader())
+    assert warned_rows(caplog) == bad

@@ -8,7 +8,7 @@ from maetok_hf.data import HeldOutImages
 
 def collect(source, num_workers=0, **settings):
     images = HeldOutImages(source, **{"resolution": 9, "batch_size": 4, **settings})
-    return list(torch.utils.data.DataLoader(images, batch_size=None, num_workers=num_workers))
+    return list(images.dataloader(num_workers))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -91,7 +91,20 @@ def test_pinned_copies_leave_the_slot_free(make_source, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     slots = ImageSlots(1, 1, NUM_BYTES)
     images = StreamingImages(make_source(), resolution=8, batch_size=2, seed=0, num_workers=2)
-    batches = images.dataloader(pin_memory=True)._unpacked(iter([put(slots, 0, 5)]), slots)
-    batch = next(batches)
+    received = put(slots, 0, 5) | {"problems": []}
+    batch = next(images.dataloader(pin_memory=True)._unpacked(iter([received]), slots))
     assert lent(slots) == [[0]]
     assert batch["images"].eq(5).all() and batch["indices"].tolist() == [5] and batch["epoch"] == 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_tensors_are_pinned_by_the_loader_itself(make_source, monkeypatch, num_workers):
+    pinned = []
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tensor.shape), tensor.clone())[1])
+    images = StreamingImages(make_source(), resolution=8, batch_size=2, seed=0, num_workers=num_workers)
+    loader = images.dataloader(pin_memory=True)
+    assert not loader.pin_memory, "the thread of torch makes lists of tuples in some versions"
+    batch = next(iter(loader))
+    tensors = [value.shape for value in batch.values() if isinstance(value, torch.Tensor)]
+    assert sorted(pinned) == sorted(tensors) and len(tensors) == 5

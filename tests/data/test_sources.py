@@ -1,6 +1,7 @@
 import gzip
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -249,9 +250,26 @@ def test_a_lost_connection_is_no_corrupt_image(monkeypatch):
         decode_image("https://nowhere.invalid/a.png")
 
 
+@pytest.mark.parametrize("name", ["./nope", "../nope", "/no/such", "~/nope", "a/b/c", "nope/", "my images/train"])
+def test_a_name_that_can_only_be_a_folder_is_not_sought_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("datasets.load_dataset_builder", None)
+    with pytest.raises(FileNotFoundError, match=r"no folder /.*check the path.*`data_files`"):
+        open_images(name)
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path / "nope", tmp_path / "file", Path("nope")):
+        with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}"):
+            open_images(path)
+
+
+def test_the_home_folder_can_be_written_short(make_source, tmp_path, monkeypatch):
+    make_source("parquet")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(open_images("~/parquet", cache_dir=tmp_path / "counts")) == 61
+
+
 def test_a_missing_folder_or_data_set_says_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(OSError, match="nowhere.*check the path"):
-        open_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(OSError, match="empty.*images, parquet or tar"):
         open_images(tmp_path / "empty")

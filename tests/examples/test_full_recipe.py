@@ -80,10 +80,10 @@ def test_stopped_before_and_after_the_discriminator_began_it_continues_exactly(
     def send_signal(module):
         inner = module.TokenizerTraining.micro_step
 
-        def micro_step(self, number, batch):
+        def micro_step(self, number, *arguments):
             if number == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            inner(self, number, batch)
+            inner(self, number, *arguments)
 
         module.TokenizerTraining.micro_step = micro_step
 
@@ -108,9 +108,9 @@ def test_mixed_resolutions_in_one_run(run_here, full_flags, tmp_path, assert_sam
     def note_sides(module):
         inner = module.TokenizerTraining.make_inputs
 
-        def make_inputs(self, step, batch):
+        def make_inputs(self, step, batch, mask_ratio):
             sides.append(batch["images"].shape[-1])
-            return inner(self, step, batch)
+            return inner(self, step, batch, mask_ratio)
 
         module.TokenizerTraining.make_inputs = make_inputs
 
@@ -126,8 +126,8 @@ def spoil_steps(steps):
     def prepare(module):
         inner = module.TokenizerTraining.make_inputs
 
-        def make_inputs(self, step, batch):
-            inputs = inner(self, step, batch)
+        def make_inputs(self, step, batch, mask_ratio):
+            inputs = inner(self, step, batch, mask_ratio)
             if step in steps:
                 inputs["pixel_values"] = inputs["pixel_values"] * torch.nan
             return inputs
@@ -361,3 +361,74 @@ def test_a_run_that_fails_ends_with_its_data_workers(launch, recipes, base_flags
     failed = launch("train_maetok", *flags, "--output_dir", tmp_path / "run", fault="backward:3:FAIL:0")
     assert failed.returncode == 1 and "RuntimeError: a fault for this test" in failed.stdout
     assert "DataLoader worker" not in failed.stdout
+
+
+def test_stopped_run_leaves_statistics_for_when_it_continues(run_here, full_flags, tmp_path):
+    """Whoever sends the signal waits for the checkpoint only."""
+    command = ["train_maetok", *full_flags, "--max_train_steps", "6", "--output_dir", tmp_path / "run"]
+
+    def send_signal(module):
+        inner = module.TokenizerTraining.micro_step
+
+        def micro_step(self, number, *arguments):
+            if number == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            inner(self, number, *arguments)
+
+        module.TokenizerTraining.micro_step = micro_step
+        module.TokenizerTraining.latent_statistics = lambda *arguments: pytest.fail("statistics after a signal")
+
+    def statistics_of(step):
+        return AutoencoderMAE.load_config(tmp_path / "run" / f"checkpoint-{step}" / "tokenizer_ema")["latents_std"]
+
+    with pytest.raises(SystemExit):
+        run_here(*command, "--checkpointing_steps", "6", prepare=send_signal)
+    assert statistics_of(5) is None
+    run_here(*command)
+    assert statistics_of(5) is not None and statistics_of(6) is not None
+
+
+def test_held_out_images_that_cannot_be_used_do_not_end_the_run(run_here, recipes, data_folder, tmp_path, caplog):
+    from datasets import Dataset, Features, Image
+
+    (tmp_path / "data").mkdir()
+    for path in data_folder.glob("train-*.parquet"):
+        (tmp_path / "data" / path.name).symlink_to(path)
+    broken = Dataset.from_dict({"image": [{"bytes": b"broken", "path": None}] * 3}, Features({"image": Image()}))
+    broken.to_parquet(tmp_path / "data" / "test-0.parquet")
+    flags = ["--recipe", recipes["tokenizer"], "--dataset_name", tmp_path / "data", "--cache_dir", tmp_path / "cache"]
+    flags += ["--validation_split", "test", "--validation_steps", "2", "--max_train_steps", "4"]
+    run_here("train_maetok", *flags, "--output_dir", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "train_report.json").read_text())["held_out"] is None
+    assert "Held-out images after step 2: not one can be used" in caplog.text
+
+
+def test_a_run_cannot_end_before_the_step_it_is_at(run_here, recipes, base_flags, tmp_path):
+    command = ["train_maetok", "--recipe", recipes["tokenizer"], *base_flags, "--output_dir", tmp_path / "run"]
+    run_here(*command, "--max_train_steps", "4")
+    with pytest.raises(ValueError, match="`max_train_steps` is 3, but the run is at step 4 already"):
+        run_here(*command, "--max_train_steps", "3")
+
+
+def test_launcher_may_not_accumulate_behind_the_scripts_back(run_here, recipes, base_flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    command = ["train_maetok", "--recipe", recipes["tokenizer"], *base_flags, "--output_dir", tmp_path / "run"]
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 2 in the script and 4 in the launcher"):
+        run_here(*command, "--gradient_accumulation_steps", "2")
+
+
+def test_statistics_that_are_not_measured_cannot_be_configured(run_here, recipes, base_flags, tmp_path):
+    run_here("train_maetok", "--recipe", recipes["tokenizer"], *base_flags, "--output_dir", tmp_path / "one")
+    given = ["--pretrained_model_name_or_path", tmp_path / "one", "--output_dir", tmp_path / "two"]
+    for flag, value in (("checkpoint_statistics_images", "8"), ("latent_statistics", "channel")):
+        with pytest.raises(ValueError, match=f"`{flag}` has no effect"):
+            run_here("train_maetok", "--recipe", recipes["decoder"], *base_flags, *given, f"--{flag}", value)
+
+
+def test_nothing_that_is_exported_names_a_folder_of_this_machine(run_here, recipes, base_flags, tmp_path):
+    run_here("train_maetok", "--recipe", recipes["tokenizer"], *base_flags, "--output_dir", tmp_path / "one")
+    given = ["--pretrained_model_name_or_path", tmp_path / "one", "--output_dir", tmp_path / "two"]
+    run_here("train_maetok", "--recipe", recipes["decoder"], *base_flags, *given)
+    for folder in ("one", "two"):
+        for name in ("config.json", "README.md"):
+            assert str(tmp_path) not in (tmp_path / folder / name).read_text()

@@ -90,10 +90,10 @@ def test_signal_saves_a_checkpoint_and_the_same_command_continues(
     def send_signal_in_step(module):
         inner = module.TokenizerTraining.micro_step
 
-        def micro_step(self, number, batch):
+        def micro_step(self, number, *arguments):
             if number == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            inner(self, number, batch)
+            inner(self, number, *arguments)
 
         module.TokenizerTraining.micro_step = micro_step
 

@@ -235,10 +235,11 @@ def test_extra_state_comes_back(tmp_path):
     assert (state.step, state.training_seconds, state.extra) == (1, 2.5, extra)
 
 
-def test_given_config_values_are_written_but_not_kept(tmp_path):
+def test_config_values_are_added_to_a_checkpoint_but_not_to_the_models(tmp_path):
     run = Run(tmp_path)
     configs = {"tokenizer": {"latents_std": 2.0}, "tokenizer_ema": {"latents_mean": [0.5, 1.0], "latents_std": 3.0}}
-    run.checkpointer.save(1, 0.0, configs=configs)
+    run.checkpointer.save(1, 0.0)
+    run.checkpointer.add_to_configs(1, configs)
     for name, values in configs.items():
         config = AutoencoderMAE.from_pretrained(tmp_path / "checkpoint-1" / name).config
         expected = {"latents_mean": None} | values
@@ -252,8 +253,28 @@ def test_given_config_values_are_written_but_not_kept(tmp_path):
 def test_config_values_of_an_unknown_folder_are_refused(tmp_path):
     message = r"`configs` names \['decoder'\], but the model folders are \['tokenizer', 'tokenizer_ema'\]"
     with pytest.raises(ValueError, match=message):
-        Run(tmp_path).checkpointer.save(1, 0.0, configs={"decoder": {}})
-    assert not list(tmp_path.iterdir())
+        Run(tmp_path).checkpointer.add_to_configs(1, {"decoder": {}})
+
+
+def test_checkpoint_that_is_removed_half_way_is_no_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path, total_limit=1)
+    run.checkpointer.save(1, 0.0)
+    removed = []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointing.shutil, "rmtree", lambda path, **kwargs: removed.append(path))
+        run.checkpointer.save(2, 0.0)
+    assert [path.name for path in removed] == [".checkpoint-1.partial"]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-2"]
+    Run(tmp_path).checkpointer.load("latest")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+def test_folder_from_which_a_model_came_is_not_in_its_checkpoints(tmp_path):
+    run = Run(tmp_path / "run")
+    run.model.register_to_config(_name_or_path=str(tmp_path / "secret"))
+    run.checkpointer.save(1, 0.0)
+    for path in (tmp_path / "run").rglob("*.json"):
+        assert "secret" not in path.read_text()
 
 
 def test_scale_of_low_precision_gradients_comes_back(tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from maetok_hf.training.interruption import RunLock, StopRequest, outlive_stop_signal
+from maetok_hf.training.interruption import RunLock, StopRequest
 
 
 @pytest.fixture
@@ -59,18 +59,6 @@ def test_launched_run_stops_when_its_launcher_is_gone(monkeypatch, launched):
         request.release()
 
 
-def test_data_workers_outlive_one_stop_signal_but_can_be_ended():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        outlive_stop_signal(0)
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 HOLDER = """
 import sys, time
 from maetok_hf.training.interruption import RunLock
@@ -93,3 +81,21 @@ def test_second_run_is_kept_out_until_the_first_is_gone_however_it_ends(tmp_path
         holder.kill()
         holder.wait()
         holder.stdout.close()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_end_of_a_process_does_what_was_registered_and_succeeds(processes):
+    code = """
+import atexit
+from maetok_hf.training.interruption import end_process
+atexit.register(print, "registered")
+print("printed ", end="")
+end_process()
+print("the interpreter's own end")
+"""
+    environment = os.environ | {"WORLD_SIZE": str(processes)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, timeout=60
+    )
+    expected = {1: "printed the interpreter's own end\nregistered\n", 2: "printed registered\n"}
+    assert (result.returncode, result.stdout) == (0, expected[processes])

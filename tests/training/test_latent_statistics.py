@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maetok_hf.models.autoencoder_mae import AutoencoderMAE
-from maetok_hf.training.latent_statistics import LatentStatistics, encode_latents
+from maetok_hf.training.latent_statistics import LatentStatistics, encode_latents, measure_latents
 
 
 @pytest.fixture
@@ -73,15 +73,14 @@ def test_one_constant_channel_is_refused_per_channel():
 
 def test_broken_latents_are_refused():
     with pytest.raises(ValueError, match="not finite"):
-        measure([torch.full((1, 4, 3), float("inf"))])
+        measure([torch.full((1, 4, 3), float("inf")), torch.zeros(1, 4, 3)]).result("channel")
     with pytest.raises(ValueError, match=r"must have 3 channels, got shape \(1, 4, 2\)"):
         measure([torch.zeros(1, 4, 2)])
 
 
-@pytest.mark.parametrize("gaussian_posterior", [False, True])
-def test_encoded_latents_are_raw_and_carry_no_gradient(gaussian_posterior):
-    torch.manual_seed(0)
-    tokenizer = AutoencoderMAE(
+def tiny_tokenizer(seed, **settings):
+    torch.manual_seed(seed)
+    return AutoencoderMAE(
         sample_size=8,
         patch_size=4,
         latent_channels=2,
@@ -89,10 +88,13 @@ def test_encoded_latents_are_raw_and_carry_no_gradient(gaussian_posterior):
         hidden_size=8,
         num_layers=1,
         num_attention_heads=1,
-        gaussian_posterior=gaussian_posterior,
-        latents_mean=5.0,
-        latents_std=3.0,
+        **settings,
     ).eval()
+
+
+@pytest.mark.parametrize("gaussian_posterior", [False, True])
+def test_encoded_latents_are_raw_and_carry_no_gradient(gaussian_posterior):
+    tokenizer = tiny_tokenizer(0, gaussian_posterior=gaussian_posterior, latents_mean=5.0, latents_std=3.0)
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     latents = encode_latents(tokenizer, images)
     encoded = tokenizer.encode(images)
@@ -100,3 +102,28 @@ def test_encoded_latents_are_raw_and_carry_no_gradient(gaussian_posterior):
     assert latents.shape == (2, 3, 2)
     assert not latents.requires_grad
     assert torch.equal(latents, expected)
+
+
+def gather_twice(state):
+    """As of two processes with the same images."""
+    return torch.cat([state, state])
+
+
+def test_tokenizers_are_measured_on_the_same_images():
+    tokenizers = {"one": tiny_tokenizer(0), "other": tiny_tokenizer(1)}
+    batches = [torch.rand(3, 3, 8, 8) * 2 - 1 for _ in range(2)]
+    configs = measure_latents(tokenizers, iter(batches), "scalar", gather_twice)
+    assert configs.keys() == tokenizers.keys()
+    for name, tokenizer in tokenizers.items():
+        latents = torch.cat([encode_latents(tokenizer, batch) for batch in batches]).double()
+        assert configs[name]["latents_mean"] == pytest.approx(latents.mean().item())
+        assert configs[name]["latents_std"] == pytest.approx(latents.std(correction=0).item())
+
+
+def test_broken_tokenizer_is_left_out_with_a_warning(caplog):
+    tokenizers = {"good": tiny_tokenizer(0), "broken": tiny_tokenizer(1)}
+    with torch.no_grad():
+        tokenizers["broken"].encoder.proj_out.weight.fill_(torch.nan)
+    configs = measure_latents(tokenizers, [torch.zeros(1, 3, 8, 8)], "scalar", gather_twice)
+    assert configs.keys() == {"good"}
+    assert "of broken are left out: The latents are not finite" in caplog.text

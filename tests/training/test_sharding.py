@@ -269,7 +269,7 @@ def accelerator(kind, fsdp_version=2, zero_stage=2, mixed_precision="no"):
 
 def test_sharding_does_not_cast():
     launched = accelerator("FSDP")
-    configure_sharding(launched, several_models=True)
+    configure_sharding(launched, supports_deepspeed=False)
     policy = launched.state.fsdp_plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (None, None, None)
 
@@ -278,19 +278,19 @@ def test_sharding_does_not_cast():
     ("launched", "message"),
     [
         (accelerator("FSDP", fsdp_version=1), "`fsdp_version` is 1"),
-        (accelerator("DEEPSPEED"), "`distributed_type: DEEPSPEED` trains one model, and this script trains two"),
+        (accelerator("DEEPSPEED"), "`distributed_type: DEEPSPEED` trains one model, and this script is made for two"),
     ],
     ids=["fsdp1", "deepspeed"],
 )
 def test_configurations_that_cannot_work_are_refused(launched, message):
     with pytest.raises(ValueError, match=message):
-        configure_sharding(launched, several_models=True)
+        configure_sharding(launched, supports_deepspeed=False)
 
 
 def test_one_model_may_train_under_deepspeed_if_its_weights_stay_whole():
-    configure_sharding(accelerator("DEEPSPEED"), several_models=False)
+    configure_sharding(accelerator("DEEPSPEED"), supports_deepspeed=True)
     with pytest.raises(ValueError, match="`zero_stage` is 3 but checkpoints need whole weights"):
-        configure_sharding(accelerator("DEEPSPEED", zero_stage=3), several_models=False)
+        configure_sharding(accelerator("DEEPSPEED", zero_stage=3), supports_deepspeed=True)
 
 
 def test_deepspeed_is_told_the_batch_and_the_clipping():

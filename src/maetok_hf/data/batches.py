@@ -1,6 +1,5 @@
-"""What the loaders share: batches of 8-bit images, and their data workers."""
+"""What the loaders share: batches of 8-bit images."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -19,27 +18,6 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
     return value
-
-
-def enter_worker() -> tuple[int, int]:
-    """
-    Prepare a data worker's process for reading; does nothing outside of one.
-
-    Returns:
-        `tuple[int, int]`: Number of this worker and of all workers, `(0, 1)` outside of one.
-    """
-    info = torch.utils.data.get_worker_info()
-    if info is None:
-        return 0, 1
-    import fsspec
-    import pyarrow
-
-    fsspec.asyn.reset_lock()  # a forked lock of a remote file system may be held for ever
-    # Arrow's other pools give memory back so eagerly that rows are read at a page fault for every 4 KiB.
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
-    # PIL warns in words that differ from file to file, of what is counted anyway or does not touch the pixels.
-    warnings.filterwarnings("ignore", module=r"PIL\b")
-    return info.id, info.num_workers
 
 
 class BatchBuilder:

@@ -57,8 +57,8 @@ def describe_counts(counts: torch.Tensor) -> str:
 
 class RowWarnings:
     """
-    Logs what is wrong with single rows without flooding the log: the first `MAX_ROW_WARNINGS` of this process in full,
-    then only how many there were, at every power of ten.
+    Logs what is wrong with single rows without flooding the log: each row once, the first `MAX_ROW_WARNINGS` rows of
+    this process in full, then only how many there were, at every power of ten.
 
     Args:
         logger (`logging.Logger`): Where to.
@@ -68,18 +68,20 @@ class RowWarnings:
     def __init__(self, logger: logging.Logger, description: str):
         self.logger = logger
         self.description = description
-        self.count = 0
+        self.rows: set[int] = set()
 
-    def __call__(self, message: str) -> None:
+    def __call__(self, row: int, message: str) -> None:
         """
         Args:
-            message (`str`): What is wrong with which row.
+            row (`int`): Position in the data set.
+            message (`str`): What is wrong with it.
         """
-        self.count += 1
-        if self.count <= MAX_ROW_WARNINGS:
-            more = " Further rows are counted only." if self.count == MAX_ROW_WARNINGS else ""
+        if row in self.rows:
+            return
+        self.rows.add(row)
+        count = len(self.rows)
+        if count <= MAX_ROW_WARNINGS:
+            more = " Further rows are counted only." if count == MAX_ROW_WARNINGS else ""
             self.logger.warning("%s%s", message, more)
-        elif str(self.count).strip("0") == "1":
-            self.logger.warning(
-                "%d rows of %s could not be used by this process so far.", self.count, self.description
-            )
+        elif str(count).strip("0") == "1":
+            self.logger.warning("%d rows of %s could not be used by this process so far.", count, self.description)

@@ -1,28 +1,26 @@
 """Held-out images in their own order, for validation and evaluation."""
 
 import itertools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .batches import BatchBuilder, check_integer, enter_worker
-from .counts import RowWarnings
+from .batches import BatchBuilder, check_integer
+from .counts import count_names
 from .explain import reading
+from .loader import WorkerLoader
 from .sources import CorruptImageError, ImageSource, Row
 from .transforms import ImageTransform
-
-
-logger = logging.getLogger(__name__)
+from .workers import enter_worker
 
 
 class HeldOutImages(torch.utils.data.IterableDataset):
     """
     The first rows of a data set, in order, cropped at the centre, in batches.
 
-    Process `rank` yields the batches `rank`, `rank + world_size`, ...; data workers share these in the same way, so a
-    `DataLoader(batch_size=None)` yields them in order. Each batch is a dict with `images` (uint8, of shape
+    Process `rank` yields the batches `rank`, `rank + world_size`, ...; data workers share these in the same way, so
+    [`~HeldOutImages.dataloader`] yields them in order. Each batch is a dict with `images` (uint8, of shape
     `(n, 3, resolution, resolution)`, see [`to_pixel_values`]), `class_labels` (int64, -1 for a missing label; absent
     without a label column), `captions` (`list[str | None]`; absent without a caption column), `indices` (int64, the
     position in the data set) and `counts` (int64, see [`describe_counts`]). `n` is `batch_size`, less in the last
@@ -64,12 +62,25 @@ class HeldOutImages(torch.utils.data.IterableDataset):
         self.rank = check_integer("rank", rank, 0)
         if rank >= world_size:
             raise ValueError(f"`rank` must be below `world_size={world_size}`, got {rank}.")
-        self.warn = RowWarnings(logger, source.description)
+
+    def dataloader(self, num_workers: int = 0) -> torch.utils.data.DataLoader:
+        """
+        A loader that yields the batches in order.
+
+        Its workers outlive SIGINT and one SIGTERM, like those of [`StreamingImages`].
+
+        Args:
+            num_workers (`int`, *optional*, defaults to 0): Data workers of this process.
+
+        Returns:
+            `torch.utils.data.DataLoader`: The loader.
+        """
+        return WorkerLoader(self, num_workers)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker, num_workers = enter_worker()
         first = (self.rank + worker * self.world_size) * self.batch_size
-        resolution, chunk, rows, names = self.transform.resolution, -1, [], []
+        resolution, chunk, rows, names, batch = self.transform.resolution, -1, [], [], None
         for start in range(first, self.num_samples, num_workers * self.world_size * self.batch_size):
             images = torch.empty(self.batch_size, 3, resolution, resolution, dtype=torch.uint8)
             builder = BatchBuilder(self.transform, self.source.columns, images)
@@ -80,17 +91,22 @@ class HeldOutImages(torch.utils.data.IterableDataset):
                         chunk = int(self.source.chunk_starts.searchsorted(index, side="right")) - 1
                         rows = self.source.read_chunk(chunk)
                     self._add(builder, rows[index - int(self.source.chunk_starts[chunk])], index)
-            # What is said of a batch that is left out whole is said with the next.
+            # What is said of a batch that is left out whole is said with the next, or with the last there is.
             names = [] if len(builder) else builder.names
             if len(builder):
-                yield builder.batch()
+                if batch is not None:
+                    yield batch
+                batch = builder.batch()
+        if batch is not None:
+            batch["counts"] += count_names(names)
+            yield batch
 
     def _add(self, builder: BatchBuilder, row: Row, index: int) -> None:
         try:
             builder.add(self.source.decode(row), index)
         except CorruptImageError as error:
             builder.names.append("corrupt")
-            self.warn(f"Row {index} of {self.source.description} is left out: {error}")
+            self.source.warn(index, f"Row {index} of {self.source.description} is left out: {error}")
 
     def stacked(self) -> dict[str, Any]:
         """

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .workers import ending_at_exit, outlive_stop_signal
+
 
 class ImageSlots:
     """
@@ -98,37 +100,79 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-class SlotLoader(torch.utils.data.DataLoader):
+class WorkerLoader(torch.utils.data.DataLoader):
+    """
+    A loader of ready batches, in order, whose data workers outlive a stop signal and end with this process.
+
+    Args:
+        dataset (`torch.utils.data.IterableDataset`): Yields the batches.
+        num_workers (`int`): Data workers.
+        prefetch_factor (`int`, *optional*): Batches that each worker prepares in advance; torch's default is 2.
+    """
+
+    def __init__(
+        self, dataset: torch.utils.data.IterableDataset, num_workers: int, prefetch_factor: int | None = None
+    ):
+        super().__init__(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            collate_fn=_as_it_is,  # torch's own would make tensors of the arrays in a packed batch
+            worker_init_fn=outlive_stop_signal,
+            # Only gives workers a base seed, which nothing reads; without it the global generator would be advanced.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with ending_at_exit():
+            return super().__iter__()  # starts the workers
+
+
+class SlotLoader(WorkerLoader):
     """
     A loader for [`StreamingImages`], whose `slots` it sets in the workers.
 
     Args:
         dataset ([`StreamingImages`]): The data set.
         num_bytes (`int`): Size of the images of the largest batch.
-        **settings: See `torch.utils.data.DataLoader`.
+        pin (`bool`): Copy batches to pinned memory. torch's own thread for that is not used: it would see packed
+            batches.
+        num_workers, prefetch_factor: See [`WorkerLoader`].
     """
 
-    def __init__(self, dataset: torch.utils.data.IterableDataset, *, num_bytes: int, **settings: Any):
-        # torch's own `collate_fn` would make tensors of the arrays in a packed batch.
-        super().__init__(dataset, batch_size=None, collate_fn=_as_it_is, **settings)
+    def __init__(
+        self,
+        dataset: torch.utils.data.IterableDataset,
+        *,
+        num_bytes: int,
+        pin: bool,
+        num_workers: int,
+        prefetch_factor: int | None = None,
+    ):
+        super().__init__(dataset, num_workers, prefetch_factor)
         self.num_bytes = num_bytes
+        self.pin = pin
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.num_workers == 0:
-            return super().__iter__()
+            return self._unpacked(super().__iter__(), None)
         # Besides those that are prepared there are the batch in use, and the one that is just about to replace it.
         slots = ImageSlots(self.num_workers, self.prefetch_factor + 2, self.num_bytes)
         self.dataset.slots = slots
         try:
-            batches = super().__iter__()  # starts the workers
+            batches = super().__iter__()
         finally:
             self.dataset.slots = None
         return self._unpacked(batches, slots)
 
-    def _unpacked(self, batches: Iterator[dict[str, Any]], slots: ImageSlots) -> Iterator[dict[str, Any]]:
-        pin = self.pin_memory and torch.accelerator.is_available()
-        for packed in batches:
-            batch = slots.unpack(packed)
+    def _unpacked(self, batches: Iterator[dict[str, Any]], slots: ImageSlots | None) -> Iterator[dict[str, Any]]:
+        pin = self.pin and torch.accelerator.is_available()
+        for batch in batches:
+            if slots is not None:
+                for row, message in batch.pop("problems"):
+                    self.dataset.source.warn(row, message)
+                batch = slots.unpack(batch)
             if pin:
                 # Frees the slot at once. An asynchronous copy to the device must not start from a slot: a worker
                 # could write into it as soon as the tensor is gone, before the copy has ended.

@@ -1,11 +1,14 @@
 """Open an image data set by name, folder or object as an [`ImageSource`]."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from .sources import DatasetSource, ImageSource, ParquetSource, StreamSource, Ta
 logger = logging.getLogger(__name__)
 
 _CACHE_VERSION = 1
+_SECONDS_BETWEEN_SAVES = 30.0
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
 def _file_key(file: str, token: str | bool | None) -> str:
@@ -49,13 +54,13 @@ class _CountCache:
 
     def path(self, kind: str, files: Sequence[str], *identity: Any) -> Path:
         """Where the counts of files are kept; `identity` is what they depend on besides the files."""
-        keys = map_files(lambda file: _file_key(file, self.token), files)
+        keys = list(map_files(lambda file: _file_key(file, self.token), files))
         text = json.dumps([_CACHE_VERSION, kind, *identity, keys])
         return self.folder / f"{kind}-{hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}.json"
 
     @staticmethod
     def load(path: Path) -> list[Any] | None:
-        """The counts, `None` if they are not there or damaged."""
+        """The counts, `None` if they are not there or damaged; `None` for a file that is not counted yet."""
         try:
             return json.loads(path.read_text())
         except (OSError, ValueError):
@@ -80,14 +85,48 @@ class _CountCache:
             if temporary is not None:
                 Path(temporary).unlink(missing_ok=True)
 
-    def count_files(self, kind: str, files: Sequence[str], count: Callable[[str], Any], *identity: Any) -> list[Any]:
-        """What `count` says of every file."""
-        path = self.path(kind, files, *identity)
+    @contextlib.contextmanager
+    def turn(self, path: Path) -> Iterator[None]:
+        """
+        While counts are missing, one process at a time: the others wait here, and find its counts. That takes no
+        collective of the processes, which would give up after some minutes, and a process that dies lets the next in.
+        """
+        import fcntl
+
         counts = self.load(path)
-        if counts is None:
-            logger.info("Counting the rows of %d %s files, once.", len(files), kind)
-            counts = map_files(count, files)
-            self.save(path, counts)
+        with contextlib.ExitStack() as stack:
+            if counts is None or None in counts:
+                lock = path.with_suffix(".lock")
+                with contextlib.suppress(OSError):  # no lock can be had in that folder: each process counts
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(open(lock, "w"))
+                    stack.callback(lock.unlink, missing_ok=True)
+                    try:
+                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        logger.info("Another process is counting rows, which are kept in %s: waiting for it.", path)
+                        fcntl.lockf(file, fcntl.LOCK_EX)
+            yield
+
+    def count_files(self, kind: str, files: Sequence[str], count: Callable[[str], Any], *identity: Any) -> list[Any]:
+        """What `count` says of every file; what is counted when it fails or is stopped need not be counted again."""
+        path = self.path(kind, files, *identity)
+        with self.turn(path):
+            counts = self.load(path) or [None] * len(files)
+            missing = [number for number, value in enumerate(counts) if value is None]
+            if not missing:
+                return counts
+            logger.info("Counting the rows of %d %s files, once.", len(missing), kind)
+            saved = time.monotonic()
+            try:
+                for done, value in enumerate(map_files(count, [files[number] for number in missing]), start=1):
+                    counts[missing[done - 1]] = value
+                    if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
+                        logger.info("%d of %d files are counted.", done, len(missing))
+                        self.save(path, counts)
+                        saved = time.monotonic()
+            finally:
+                self.save(path, counts)
         return counts
 
 
@@ -201,11 +240,29 @@ def _open_by_name(
         return TarSource(files, indices, description, found, chunk_size, token)
     if isinstance(builder, FolderBasedBuilder) or not files:
         return _open_stream(stream, description, chunk_size, token, columns)
-    # So that only one process, and not every one, reads all of a data set that must be read to be counted.
     path = cache.path("stream", files, builder.config_id, split, stream.num_shards)
-    return _open_stream(
-        stream, description, chunk_size, token, columns, cache.load(path), lambda sizes: cache.save(path, sizes)
-    )
+    with cache.turn(path):
+        return _open_stream(
+            stream, description, chunk_size, token, columns, cache.load(path), lambda sizes: cache.save(path, sizes)
+        )
+
+
+def _resolve_folder(data: str | os.PathLike) -> str:
+    """
+    A folder with the home folder written out, any other name as it is.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and it can be nothing else.
+    """
+    path = os.path.expanduser(os.fspath(data))
+    on_the_hub = _HUB_NAME.fullmatch(path) or path.startswith(("hf://", "buckets/"))
+    if not os.path.isdir(path) and (isinstance(data, os.PathLike) or not on_the_hub):
+        raise FileNotFoundError(
+            f"There is no folder {os.path.abspath(path)}: check the path. Single files are given by `data_files`, "
+            "with the name of their builder (such as 'parquet') as `data`, and a data set on the Hub is named like "
+            "'ILSVRC/imagenet-1k'."
+        )
+    return path
 
 
 def open_images(
@@ -230,7 +287,12 @@ def open_images(
 
     Parquet files, uncompressed WebDataset tar files, folders of images and map-style data sets are read at any place
     directly. Any other stream is read shard by shard from the beginning. The rows of files are counted once and the
-    counts kept in `cache_dir`; an `IterableDataset` is counted, in one pass, at every opening without `shard_sizes`.
+    counts kept in `cache_dir`. A folder of images is listed at every opening (about half a millisecond a file: keep
+    millions of them in parquet or tar files), and an `IterableDataset` without `shard_sizes` is counted, in one pass.
+
+    Let every process of a run call this at the same time: one of those that share `cache_dir` counts, and the others
+    wait for it however long that takes, not in a collective (`accelerator.main_process_first()`), which would give up
+    after some minutes. On several machines, put `cache_dir` on a disk they share.
 
     Args:
         data (`str`, `os.PathLike`, `datasets.Dataset` or `datasets.IterableDataset`): Name of a data set on the Hub, a
@@ -301,5 +363,6 @@ def open_images(
             "`data` must be the name of a data set, a folder, a `datasets.Dataset` or a `datasets.IterableDataset`, "
             f"got {type(data)}."
         )
-    with opening(os.fspath(data)):
-        return _open_by_name(os.fspath(data), split, settings, chunk_size, token, cache_dir, columns)
+    data = _resolve_folder(data)
+    with opening(data):
+        return _open_by_name(data, split, settings, chunk_size, token, cache_dir, columns)

@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 
 from .columns import ImageColumns
+from .counts import RowWarnings
 from .transforms import convert_to_rgb
 
 
@@ -147,6 +148,7 @@ class ImageSource:
         chunk_sizes (`np.ndarray`): Rows of every chunk, of shape `(num_chunks,)`.
         chunk_starts (`np.ndarray`): Index in the data set of the first row of every chunk, of shape `(num_chunks,)`.
         chunk_shards (`np.ndarray`): Shard of every chunk, of shape `(num_chunks,)`.
+        warn ([`RowWarnings`]): Where all loaders of this source report the rows that they cannot use.
 
     Raises:
         ValueError: If there are no rows.
@@ -171,6 +173,7 @@ class ImageSource:
         self.num_rows = int(ends[-1]) if len(ends) else 0
         if self.num_rows == 0:
             raise ValueError(f"{description} has no rows.")
+        self.warn = RowWarnings(logger, description)
         self._open: OrderedDict = OrderedDict()
         self._process = os.getpid()
 
@@ -484,7 +487,7 @@ def count_stream(dataset, columns: ImageColumns, chunk_size: int) -> tuple[list[
     return sizes, paths
 
 
-def map_files(function: Any, files: Sequence[str]) -> list[Any]:
+def map_files(function: Any, files: Sequence[str]) -> Iterator[Any]:
     """Results of a function of a file, in order, several files at a time."""
     with ThreadPoolExecutor(max_workers=min(NUM_THREADS, max(1, len(files)))) as pool:
-        return list(pool.map(function, files))
+        yield from pool.map(function, files)

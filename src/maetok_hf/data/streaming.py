@@ -7,23 +7,20 @@ process takes every `world_size`-th micro-batch and a worker every `num_workers`
 enters, the micro-batches do not depend on how they are spread over processes, accumulation steps, workers, restarts.
 """
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..seeding import keyed_generator
-from .batches import BatchBuilder, check_integer, enter_worker
-from .counts import RowWarnings
+from .batches import BatchBuilder, check_integer
 from .explain import reading
 from .loader import ImageSlots, SlotLoader
 from .order import EpochOrder, check_resolutions, epoch_order, resolution_at
 from .sources import CorruptImageError, ImageSource, Row, Sample
 from .transforms import ImageTransform
+from .workers import enter_worker
 
-
-logger = logging.getLogger(__name__)
 
 # Rows tried in the place of one that cannot be used before the data set is given up.
 MAX_REPLACEMENT_ATTEMPTS = 1024
@@ -155,7 +152,6 @@ class StreamingImages(torch.utils.data.IterableDataset):
             )
         self.micro_batches_per_epoch = self.num_micro_batches // world_size
         self.num_dropped = source.num_rows - self.num_micro_batches * batch_size
-        self.warn = RowWarnings(logger, source.description)
         self.slots: ImageSlots | None = None  # set in the workers of `dataloader`
         self.set_start(start_micro_batch)
 
@@ -184,6 +180,10 @@ class StreamingImages(torch.utils.data.IterableDataset):
         """
         A loader with this data set's number of workers that yields its micro-batches in order.
 
+        Its workers outlive SIGINT and one SIGTERM, so that a signal to the whole process group leaves this process
+        the batches it needs to finish its step and save; they end when this process ends. Rows that cannot be used
+        are reported by this process, each once, whichever loader of the source meets it how often.
+
         Args:
             pin_memory (`bool`, *optional*, defaults to `False`): Copy batches to pinned memory, for faster transfer to
                 a GPU.
@@ -195,12 +195,10 @@ class StreamingImages(torch.utils.data.IterableDataset):
         """
         return SlotLoader(
             self,
-            num_workers=self.num_workers,
-            pin_memory=pin_memory,
-            prefetch_factor=prefetch_factor,
             num_bytes=self.batch_size * 3 * max(self.resolutions) ** 2,
-            # Only gives workers a base seed, which nothing reads; without it the global generator would be advanced.
-            generator=torch.Generator(),
+            pin=pin_memory,
+            num_workers=self.num_workers,
+            prefetch_factor=prefetch_factor,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -227,7 +225,13 @@ class StreamingImages(torch.utils.data.IterableDataset):
             images = torch.empty(shape, dtype=torch.uint8) if self.slots is None else self.slots.claim(worker, shape)
             with reading(self.source.description):
                 batch = streams[stream].micro_batch(start, self.transforms[resolution], images)
-            yield batch if self.slots is None else self.slots.pack(batch, worker)
+            problems = batch.pop("problems")
+            if self.slots is None:
+                for row, message in problems:
+                    self.source.warn(row, message)
+                yield batch
+            else:
+                yield self.slots.pack(batch, worker) | {"problems": problems}
             if turn + 1 == share + (stream < extra):
                 del streams[stream]  # with its block
             number += num_workers
@@ -259,7 +263,7 @@ class _Stream:
 
     def micro_batch(self, start: int, transform: ImageTransform, pixels: torch.Tensor) -> dict[str, Any]:
         """The samples at positions `start`, `start + 1`, ... of the epoch's rows, their images put into `pixels`."""
-        images, replaced = self.images, []
+        images, replaced, problems = self.images, [], []
         builder = BatchBuilder(transform, images.source.columns, pixels)
         for position in range(start, start + images.batch_size):
             block = self.order.block_of(position)
@@ -267,12 +271,17 @@ class _Stream:
                 self.block, (self.rows, self.indices) = block, self.read_block(block)
             offset = position - int(self.order.block_rows[self.block])
             index = self.indices[offset]
-            sample, problem = self.usable(offset)
+            sample, name, problem = self.usable(offset)
             builder.add(sample, index, keyed_generator(images.seed, "augment", self.epoch, index))
-            replaced.append(problem is not None)
-            if problem is not None:
-                builder.names.append(problem)
-        return builder.batch() | {"replaced": torch.tensor(replaced, dtype=torch.bool), "epoch": self.epoch}
+            replaced.append(name is not None)
+            if name is not None:
+                builder.names.append(name)
+                problems.append((index, problem))
+        return builder.batch() | {
+            "replaced": torch.tensor(replaced, dtype=torch.bool),
+            "epoch": self.epoch,
+            "problems": problems,
+        }
 
     def candidates(self, offset: int) -> Iterator[tuple[Row, int]]:
         """The row at `offset` of the current block, the rows after it (round the block), then the next blocks."""
@@ -282,8 +291,8 @@ class _Stream:
         for i in range(1, self.order.num_blocks):
             yield from zip(*self.read_block((self.block + i) % self.order.num_blocks), strict=True)
 
-    def usable(self, offset: int) -> tuple[Sample, str | None]:
-        """The row at `offset`, or the first good row after it with the count name of what is wrong with the former."""
+    def usable(self, offset: int) -> tuple[Sample, str | None, str | None]:
+        """The row at `offset`, or the first good row after it with the count name and a message for the former."""
         source, index, problem, name = self.images.source, self.indices[offset], None, None
         for attempt, (row, candidate) in enumerate(self.candidates(offset)):
             if attempt == MAX_REPLACEMENT_ATTEMPTS:
@@ -296,12 +305,13 @@ class _Stream:
             if sample.label < 0 and self.images.require_labels:
                 problem, name = problem or ValueError(f"its label is {row.label!r}"), name or "unlabeled"
                 continue
-            if problem is not None:
-                self.images.warn(
-                    f"Row {index} of {source.description} cannot be used ({problem}); row {candidate} stands in for "
-                    f"it in epoch {self.epoch}."
-                )
-            return sample, name
+            if problem is None:
+                return sample, None, None
+            message = (
+                f"Row {index} of {source.description} cannot be used ({problem}); row {candidate} stands in for it in "
+                f"epoch {self.epoch}."
+            )
+            return sample, name, message
         raise ValueError(
             f"No usable row was found in {source.description} at and after row {index}. The first problem was: "
             f"{problem}. Check `image_column` and `label_column`, and whether the split has labels."

@@ -8,6 +8,7 @@ continuation, since every draw is keyed by the step, and the position in the dat
 of the processes are saved all the same, by accelerate.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -45,6 +46,7 @@ from .sharding import (
 )
 
 
+CONFIG_NAME = "config.json"
 SCALER_FILE = "scaler.pt"
 
 
@@ -136,7 +138,6 @@ class Checkpointer:
         step: int,
         training_seconds: float,
         extra: Mapping[str, Any] | None = None,
-        configs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """
         Write `checkpoint-<step>`, then remove the oldest ones beyond the limit.
@@ -146,20 +147,10 @@ class Checkpointer:
             training_seconds (`float`): Time spent on them, over all resumptions.
             extra (`Mapping[str, Any]`, *optional*): Further small state in plain types, such as counts; `load` gives
                 it back.
-            configs (`Mapping[str, Mapping[str, Any]]`, *optional*): Config values to write into model folders, by the
-                folder's name (`<name>` or `<name>_ema`), such as statistics of the latents of these very weights. The
-                models in training keep their config.
 
         Raises:
-            ValueError: If `configs` names a folder that is not written.
             CheckpointError: On every process, if any process failed, for example on a full disk.
         """
-        configs = dict(configs or {})
-        folders = {*self.models, *(f"{name}_ema" for name in self.ema)}
-        if not configs.keys() <= folders:
-            raise ValueError(
-                f"`configs` names {sorted(configs.keys() - folders)}, but the model folders are {sorted(folders)}."
-            )
         final = self.output_dir / f"checkpoint-{step}"
         unfinished = self.output_dir / f".checkpoint-{step}.partial"
         if (final / STATE_FILE).is_file():
@@ -172,14 +163,41 @@ class Checkpointer:
             "identity": self.identity,
         }
         self._on_main_process(lambda: _fresh_folder(unfinished), final, unfinished)
-        for write in self._gathered(unfinished, configs):
+        for write in self._gathered(unfinished):
             self._on_main_process(write, final, unfinished)
         self._on_all_processes(lambda: self._write_own(unfinished), final, unfinished)
         self._on_main_process(lambda: _complete(unfinished, final, state), final, unfinished)
         if self.accelerator.is_main_process:
             for old in complete_checkpoints(self.output_dir)[: -self.total_limit]:
-                shutil.rmtree(old, ignore_errors=True)
+                _retire(old)
         self.accelerator.wait_for_everyone()
+
+    def add_to_configs(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """
+        Add to the configs of models in `checkpoint-<step>` what takes longer to find out than a checkpoint should wait
+        for, such as statistics of the latents of these very weights. The models in training keep their config.
+
+        Args:
+            step (`int`): Optimisation steps done.
+            configs (`Mapping[str, Mapping[str, Any]]`): Config values by model folder (`<name>` or `<name>_ema`).
+
+        Raises:
+            ValueError: If `configs` names a folder that is not there.
+            CheckpointError: On every process, if they could not be written; the checkpoint is as it was.
+        """
+        folders = {*self.models, *(f"{name}_ema" for name in self.ema)}
+        if not configs.keys() <= folders:
+            raise ValueError(
+                f"`configs` names {sorted(configs.keys() - folders)}, but the model folders are {sorted(folders)}."
+            )
+        checkpoint = self.output_dir / f"checkpoint-{step}"
+
+        def write() -> None:
+            for folder, values in configs.items():
+                path = checkpoint / folder / CONFIG_NAME
+                write_json(path, json.loads(path.read_text(encoding="utf-8")) | dict(values))
+
+        self._on_main_process(write, checkpoint, None)
 
     def load(self, resume_from: str) -> ResumedState:
         """
@@ -231,7 +249,7 @@ class Checkpointer:
         if not path.exists():
             raise OSError(f"process {self.accelerator.process_index} does not see {path}: use a shared file system")
 
-    def _gathered(self, folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
+    def _gathered(self, folder: Path) -> Iterator[Callable[[], None]]:
         """
         What the main process has to write, one file or subfolder at a time.
 
@@ -239,11 +257,9 @@ class Checkpointer:
         """
         keep = self.accelerator.is_main_process
         for name, model in self.models.items():
-            copy = whole_copy(model, keep=keep)
-            yield partial(_save_model, copy, folder / name, configs.get(name, {}))
+            yield partial(_save_model, whole_copy(model, keep=keep), folder / name)
             if name in self.ema:
-                copy = whole_copy(model, self.ema[name], keep=keep)
-                yield partial(_save_model, copy, folder / f"{name}_ema", configs.get(f"{name}_ema", {}))
+                yield partial(_save_model, whole_copy(model, self.ema[name], keep=keep), folder / f"{name}_ema")
         for name, module in self.modules.items():
             yield partial(save_file, gather_tensors(module.state_dict(), keep=keep), folder / f"{name}.safetensors")
         if self._is_deepspeed:
@@ -329,8 +345,7 @@ def model_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _save_model(model: ModelMixin, path: Path, config: Mapping[str, Any]) -> None:
-    model.register_to_config(**config)
+def _save_model(model: ModelMixin, path: Path) -> None:
     model.save_pretrained(path)
 
 
@@ -403,6 +418,14 @@ def _fresh_folder(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
+
+
+def _retire(path: Path) -> None:
+    """Remove a folder that must not be found half removed: the next run clears what an interruption leaves."""
+    retired = path.with_name(f".{path.name}.partial")
+    with contextlib.suppress(OSError):  # an old checkpoint too many does no harm
+        path.rename(retired)
+        shutil.rmtree(retired)
 
 
 def _complete(partial: Path, final: Path, state: Mapping[str, Any]) -> None:

@@ -3,9 +3,9 @@
 import atexit
 import fcntl
 import logging
-import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -32,13 +32,13 @@ class StopRequest:
         # A group of its own on the CPU: asking must neither wait for the accelerator nor disturb its collectives.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._group = torch.distributed.new_group(backend="gloo") if distributed else None
-        atexit.register(_end_data_workers)
         self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def release(self) -> None:
         """Give the signals their former effect, once there is nothing left to save."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._group = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
@@ -60,29 +60,20 @@ class StopRequest:
         return int(number)
 
 
-def _end_data_workers() -> None:
+def end_process() -> None:
     """
-    End what is left of the data workers when this process ends, however it fails. Otherwise multiprocessing would send
-    them the one SIGTERM that they ignore, and wait for ever.
+    End this process after a run that is over and closed, as one of several without the end of the interpreter.
+
+    Threads of torch's process groups and of its autograd engine outlive `destroy_process_group`. One that asks for the
+    interpreter while that shuts down aborts the process, and the launcher would report a finished run as failed. What
+    is registered with `atexit` is done, and everything printed is flushed.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for each, after the error that matters
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def outlive_stop_signal(worker_id: int) -> None:
-    """
-    `worker_init_fn` of a data loader: a signal to the whole process group must not kill the workers before the
-    training process has finished its step. The training process must have a [`StopRequest`], which ends them.
-
-    Only the first SIGTERM is ignored: a worker that hangs can still be ended by a second one.
-
-    Args:
-        worker_id (`int`): Number of the worker.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class RunLock:

@@ -1,10 +1,15 @@
 """Mean and standard deviation of a tokenizer's latents, measured over a stream of batches."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from ..models.autoencoder_mae import AutoencoderMAE
+
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -47,13 +52,11 @@ class LatentStatistics:
                 device.
 
         Raises:
-            ValueError: If the latents have another number of channels or are not finite.
+            ValueError: If the latents have another number of channels.
         """
         if latents.shape[-1] != len(self.mean):
             raise ValueError(f"`latents` must have {len(self.mean)} channels, got shape {tuple(latents.shape)}.")
         values = latents.detach().cpu().double().flatten(0, -2)
-        if not values.isfinite().all():
-            raise ValueError("`latents` are not finite: the tokenizer is broken or its training diverged.")
         mean = values.mean(dim=0)
         self._merge(len(values), mean, (values - mean).square().sum(dim=0))
 
@@ -98,12 +101,14 @@ class LatentStatistics:
             `tuple`: `latents_mean` and `latents_std`.
 
         Raises:
-            ValueError: If `kind` is unknown, nothing was added, or a standard deviation is 0.
+            ValueError: If `kind` is unknown, nothing was added, a latent was not finite, or a standard deviation is 0.
         """
         if kind not in ("scalar", "channel"):
             raise ValueError(f"`kind` must be 'scalar' or 'channel', got {kind!r}.")
         if self.count == 0:
             raise ValueError("No latents were added, so there is no mean.")
+        if not (self.mean.isfinite() & self.squared_deviations.isfinite()).all():
+            raise ValueError("The latents are not finite: the tokenizer is broken or its training diverged.")
         mean, variance = self.mean, self.squared_deviations / self.count
         if kind == "scalar":
             overall = mean.mean()
@@ -111,3 +116,44 @@ class LatentStatistics:
         if not (variance > 0).all():
             raise ValueError("The latents do not vary, so they cannot be normalised: the tokenizer has collapsed.")
         return mean.tolist(), variance.sqrt().tolist()
+
+
+def measure_latents(
+    tokenizers: Mapping[str, AutoencoderMAE],
+    batches: Iterable[torch.Tensor],
+    kind: str,
+    gather: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, dict[str, Any]]:
+    """
+    Statistics of the latents of one or more tokenizers, of the same images.
+
+    Every process must call this, with images of its own. A tokenizer whose latents cannot be normalised is named in a
+    warning, and left out on every process.
+
+    Args:
+        tokenizers (`Mapping[str, AutoencoderMAE]`): In evaluation mode, with as many channels each, by name.
+        batches (`Iterable[torch.Tensor]`): Images of shape `(batch_size, 3, height, width)` in `[-1, 1]`, on the
+            tokenizers' device.
+        kind (`str`): See [`~LatentStatistics.result`].
+        gather (`Callable[[torch.Tensor], torch.Tensor]`): Concatenates tensors of all processes along their first
+            axis, such as `Accelerator.gather`.
+
+    Returns:
+        `dict[str, dict[str, Any]]`: `latents_mean` and `latents_std` for the config of each tokenizer, by its name.
+    """
+    found = {name: LatentStatistics(tokenizer.config.latent_channels) for name, tokenizer in tokenizers.items()}
+    device = torch.device("cpu")
+    for images in batches:
+        device = images.device
+        for name, tokenizer in tokenizers.items():
+            found[name].update(encode_latents(tokenizer, images))
+    configs = {}
+    for name, statistics in found.items():
+        states = gather(statistics.state()[None].to(device))
+        try:  # what is wrong shows in the gathered states, so that all processes agree
+            mean, std = LatentStatistics.merged(states).result(kind)
+        except ValueError as error:
+            logger.warning("The statistics of the latents of %s are left out: %s", name, error)
+        else:
+            configs[name] = {"latents_mean": mean, "latents_std": std}
+    return configs

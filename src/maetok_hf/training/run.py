@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
@@ -18,15 +19,40 @@ from .hub import HubUpload
 from .interruption import RunLock, StopRequest
 from .progress import TrainingMonitor
 from .recipes import OptimizationRecipe
+from .resumption import complete_checkpoints
 from .run_options import TokenizerRunOptions
 from .sharding import configure_sharding, full_tensor
 from .stability import StepGuard
 from .tracking import Trackers, check_tracker, tracker_config, tracker_init_kwargs
 
 
+logger = logging.getLogger(__name__)
+
 UPLOAD_TIMEOUT = 900.0
 # whoever sends the signal, a cluster for example, will not wait for long
 UPLOAD_TIMEOUT_AFTER_SIGNAL = 30.0
+
+
+def accumulation_plugin(num_steps: int) -> GradientAccumulationPlugin:
+    """
+    Accumulation as the script's options say.
+
+    Args:
+        num_steps (`int`): `gradient_accumulation_steps` of the options.
+
+    Returns:
+        `GradientAccumulationPlugin`: For the `Accelerator`, which would otherwise prefer what the launcher says.
+
+    Raises:
+        ValueError: If the launcher says something else.
+    """
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launched not in ("1", "auto", str(num_steps)):
+        raise ValueError(
+            f"`gradient_accumulation_steps` is {num_steps} in the script and {launched} in the launcher's "
+            "configuration: give it to the script, whose batches depend on it, and leave it out of the launcher's."
+        )
+    return GradientAccumulationPlugin(num_steps=num_steps)
 
 
 class TrainingRun:
@@ -45,6 +71,8 @@ class TrainingRun:
         optimizer.step()
         if run.end_step(step, {"learning_rate": learning_rate}):
             run.save(step)
+        if not run.stopping:
+            ...  # what may take long
         run.leave_if_asked(step)
     run.end()
     ```
@@ -53,7 +81,7 @@ class TrainingRun:
         recipe ([`OptimizationRecipe`]): What is trained.
         options ([`TokenizerRunOptions`]): Where, and how it is reported.
         description (`str`): A word or two for the progress bar.
-        several_models (`bool`, *optional*, defaults to `False`): Whether more than one model is trained.
+        supports_deepspeed (`bool`, *optional*, defaults to `False`): See [`configure_sharding`].
 
     Attributes:
         accelerator (`Accelerator`): Prepares models and optimisers.
@@ -70,27 +98,27 @@ class TrainingRun:
         recipe: OptimizationRecipe,
         options: TokenizerRunOptions,
         description: str,
-        several_models: bool = False,
+        supports_deepspeed: bool = False,
     ):
         check_tracker(options.report_to)
         self.recipe, self.options, self.description = recipe, options, description
         self.output_dir = Path(options.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            gradient_accumulation_plugin=accumulation_plugin(options.gradient_accumulation_steps),
             log_with=None if options.report_to == "none" else options.report_to,
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
         )
         self.device = self.accelerator.device
         main = self.accelerator.is_main_process
-        logging.basicConfig(format="%(message)s", level=logging.INFO if main else logging.WARNING)
-        logging.getLogger("accelerate").setLevel(logging.WARNING)
+        logging.basicConfig(format="%(message)s")  # at the level of warnings: HTTP clients log every request below it
+        logging.getLogger("maetok_hf").setLevel(logging.INFO if main else logging.WARNING)
         if self.accelerator.state.dynamo_plugin.backend != "NO":
             raise ValueError(
                 f"`dynamo_backend` of the launcher is {self.accelerator.state.dynamo_plugin.backend}, which compiles "
                 "the losses as well: set it to `no` and use `--torch_compile`."
             )
-        configure_sharding(self.accelerator, several_models)
+        configure_sharding(self.accelerator, supports_deepspeed)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.output_dir) if main else None
         self._upload = None
@@ -119,11 +147,11 @@ class TrainingRun:
             `int`: Steps done already.
 
         Raises:
-            ValueError: If the checkpoint belongs to another run, or the next one would not fit on the disk.
+            ValueError: If the checkpoint belongs to another run or lies beyond the last step, or the next one would
+                not fit on the disk.
         """
         recipe, options = self.recipe, self.options
-        self._ema = dict(ema)
-        self._models = dict(models)
+        self._averages = [(average, list(models[name].parameters())) for name, average in ema.items()]
         self._checkpointer = Checkpointer(
             self.accelerator,
             self.output_dir,
@@ -139,6 +167,11 @@ class TrainingRun:
             total_limit=options.checkpoints_total_limit,
         )
         resumed = self._checkpointer.load(options.resume_from_checkpoint)
+        if resumed.step > recipe.max_train_steps:
+            raise ValueError(
+                f"`max_train_steps` is {recipe.max_train_steps}, but the run is at step {resumed.step} already: raise "
+                "it, or choose another `output_dir`."
+            )
         if resumed.step < recipe.max_train_steps:
             self._checkpointer.check_disk_space()
         self.extra = resumed.extra
@@ -158,6 +191,7 @@ class TrainingRun:
             total_batch_size=recipe.total_batch_size,
         )
         self._stop = StopRequest()
+        self._signal_number, self._diverged = 0, False
         self.seconds = resumed.training_seconds
         self._start = time.monotonic() - resumed.training_seconds
         return resumed.step
@@ -168,11 +202,12 @@ class TrainingRun:
         kwargs, config = {}, None
         if self.accelerator.is_main_process:
             kwargs = tracker_init_kwargs(self.options.report_to, self.output_dir, first_step)
-        if first_step == 0:  # TensorBoard would list a resumed run as a further one
+        if not complete_checkpoints(self.output_dir):  # TensorBoard would list a resumed run as a further one
             config = tracker_config(
                 {"recipe": dataclasses.asdict(self.recipe), "options": dataclasses.asdict(self.options)}
             )
-        self.accelerator.init_trackers(self.options.tracker_project_name, config=config, init_kwargs=kwargs)
+        project = self.options.tracker_project_name or "maetok_hf"
+        self.accelerator.init_trackers(project, config=config, init_kwargs=kwargs)
         return Trackers(self.accelerator.trackers)
 
     def average(self, values: torch.Tensor) -> torch.Tensor:
@@ -205,8 +240,8 @@ class TrainingRun:
         Returns:
             `bool`: Whether a checkpoint is due.
         """
-        for name, ema in self._ema.items():
-            ema.step(self._models[name].parameters())
+        for average, parameters in self._averages:
+            average.step(parameters)
         self.monitor.advance(self._taken)
         done = step + 1
         self._diverged, self._signal_number = self._guard.exhausted(), self._stop.agreed()
@@ -218,45 +253,55 @@ class TrainingRun:
             self.trackers.log(entry, done)
         return save
 
-    def save(
-        self,
-        step: int,
-        extra: Mapping[str, Any] | None = None,
-        configs: Mapping[str, Mapping[str, Any]] | None = None,
-    ) -> Path:
+    @property
+    def stopping(self) -> bool:
+        """`bool`: Whether a signal asks the run to end. Whoever has sent it will not wait for much longer than it
+        takes to save a checkpoint."""
+        return bool(self._signal_number)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of a checkpoint after `step` steps."""
+        return self.output_dir / f"checkpoint-{step}"
+
+    def save(self, step: int, extra: Mapping[str, Any] | None = None) -> None:
         """
         Save a checkpoint.
 
         Args:
             step (`int`): The step that is over, counted from 0.
-            extra, configs: See [`~Checkpointer.save`].
-
-        Returns:
-            `Path`: The checkpoint.
+            extra (`Mapping[str, Any]`, *optional*): See [`~Checkpointer.save`].
 
         Raises:
             CheckpointError: If it could not be written.
         """
         extra = {"skipped_steps": self._guard.num_skipped} | dict(extra or {})
-        self._checkpointer.save(step + 1, self.seconds, extra, configs)
-        return self.output_dir / f"checkpoint-{step + 1}"
+        self._checkpointer.save(step + 1, self.seconds, extra)
+
+    def add_to_configs(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add to the configs in the checkpoint after `step` steps; see [`~Checkpointer.add_to_configs`]."""
+        self._checkpointer.add_to_configs(step, configs)
 
     def publish(self, write: Callable[[], Mapping[str, str | Path]], step: int) -> None:
         """
-        Upload files in the background if the run does that.
+        Upload files in the background if the run does that. Whatever fails is a warning.
 
         Args:
             write (`Callable[[], Mapping[str, str | Path]]`): Makes what is to be uploaded, and returns the files by
                 their names in the repository. It is called on the main process only, and only if there is an upload.
             step (`int`): Steps done, for the message.
         """
-        if self._upload is not None:
+        if self._upload is None:
+            return
+        try:
             self._upload.start(write(), f"Step {step}")
+        except Exception as error:
+            logger.warning("Step %d is not uploaded, training goes on: %s: %s", step, type(error).__name__, error)
 
     @property
     def repo_id(self) -> str:
-        """`str`: The Hub repository of the upload, of a run that has one, on the main process."""
-        return self._upload.repo_id
+        """`str`: The Hub repository of the upload, on the main process; of a run without one what it would be by
+        default."""
+        return self.output_dir.resolve().name if self._upload is None else self._upload.repo_id
 
     def leave_if_asked(self, step: int) -> None:
         """

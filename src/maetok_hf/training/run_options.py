@@ -114,9 +114,10 @@ class TokenizerRunOptions(RunOptions):
         validation_steps (`int`, *optional*):
             Steps between measurements of the moving average on the held-out images, with a picture of some; by default
             they are measured at the end only.
-        checkpoint_statistics_images (`int`, *optional*, defaults to 1024):
-            Training images on which the latents' mean and standard deviation are measured for every checkpoint, or all
-            if there are fewer; the final export uses the recipe's `latent_statistics_images`.
+        checkpoint_statistics_images (`int`, *optional*):
+            Training images on which the latents' mean and standard deviation are measured for every checkpoint: 1024
+            by default, or all if there are fewer. The final export uses the recipe's `latent_statistics_images`. Not
+            accepted where the latents stay as they are.
         max_skipped_steps (`int`, *optional*, defaults to 20):
             A step whose gradient is not finite is skipped; after this many in a row the run stops.
         torch_compile (`bool`, *optional*, defaults to `False`):
@@ -124,8 +125,8 @@ class TokenizerRunOptions(RunOptions):
         report_to (`str`, *optional*, defaults to `"tensorboard"`):
             Tracker of losses and pictures: `"tensorboard"`, `"wandb"`, `"trackio"`, or `"none"`; `training_log.jsonl`
             is written in any case.
-        tracker_project_name (`str`, *optional*, defaults to `"maetok_hf"`):
-            Project under which the tracker keeps the run.
+        tracker_project_name (`str`, *optional*):
+            Project under which the tracker keeps the run; `"maetok_hf"` by default.
         push_to_hub (`bool`, *optional*, defaults to `False`):
             Upload the moving average with its card to the Hub at every checkpoint, in the background, and at the end.
         hub_model_id (`str`, *optional*):
@@ -140,11 +141,11 @@ class TokenizerRunOptions(RunOptions):
     validation_split: str | None = None
     num_validation_images: int | None = None
     validation_steps: int | None = None
-    checkpoint_statistics_images: int = 1024
+    checkpoint_statistics_images: int | None = None
     max_skipped_steps: int = 20
     torch_compile: bool = False
     report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    tracker_project_name: str = "maetok_hf"
+    tracker_project_name: str | None = None
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool = False
@@ -165,6 +166,11 @@ class TokenizerRunOptions(RunOptions):
                     f"`{name}` = {getattr(self, name)} has no effect without `validation_split`: name the split, or "
                     "remove it."
                 )
+        if self.tracker_project_name is not None and self.report_to == "none":
+            raise ValueError(
+                f"`tracker_project_name` = {self.tracker_project_name!r} has no effect with `report_to` = 'none': "
+                "remove it."
+            )
         for name in ("hub_model_id", "hub_private_repo"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect without `push_to_hub`: remove it.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def configure_sharding(accelerator: "Accelerator", several_models: bool) -> None:
+def configure_sharding(accelerator: "Accelerator", supports_deepspeed: bool) -> None:
     """
     Refuse what a training script cannot run under, and keep FSDP2 from casting. Call it before `accelerator.prepare`.
 
@@ -29,16 +29,16 @@ def configure_sharding(accelerator: "Accelerator", several_models: bool) -> None
 
     Args:
         accelerator (`Accelerator`): As the launcher configured it.
-        several_models (`bool`): Whether the script trains more than one model, which DeepSpeed does not support.
+        supports_deepspeed (`bool`): Whether the script can train under DeepSpeed, which holds one model only.
 
     Raises:
-        ValueError: If the launcher's configuration asks for FSDP1, for DeepSpeed with several models, or for
-            DeepSpeed's ZeRO stage 3, which does not leave whole weights for checkpoints.
+        ValueError: If the launcher's configuration asks for FSDP1, for DeepSpeed and the script does not support it,
+            or for DeepSpeed's ZeRO stage 3, which does not leave whole weights for checkpoints.
     """
     if accelerator.distributed_type == "DEEPSPEED":
-        if several_models:
+        if not supports_deepspeed:
             raise ValueError(
-                "`distributed_type: DEEPSPEED` trains one model, and this script trains two: launch it with "
+                "`distributed_type: DEEPSPEED` trains one model, and this script is made for two: launch it with "
                 "`--config_file examples/accelerate_configs/ddp.yaml` or `fsdp2.yaml`."
             )
         if accelerator.state.deepspeed_plugin.zero_stage > 2:
@@ -173,8 +173,10 @@ def whole_copy(
     tensors = gather_tensors(tensors, device, keep)
     if not keep:
         return None
+    # `_name_or_path` may be a folder of this machine, and is not to travel with the copy
+    config = {name: value for name, value in model.config.items() if name != "_name_or_path"}
     with torch.device("meta"):  # nothing is drawn, and no memory taken
-        copy = type(model).from_config(model.config)
+        copy = type(model).from_config(config)
     copy.load_state_dict(tensors, assign=True)
     return copy.requires_grad_(False).eval()
 
@@ -183,9 +185,9 @@ class ShardedEMAModel(EMAModel):
     """
     Diffusers' moving average, of parameters that may lie in pieces: each process averages those it holds.
 
-    The pieces are passed on as ordinary tensors, because the operations on lists of tensors that `EMAModel` works with
-    are not all defined for sharded ones. Its other methods, `copy_to`, `store` and `restore`, need whole parameters;
-    [`whole_copy`] does not.
+    A step is one pass over the memory, where that of `EMAModel` makes a copy of all parameters on the way. It works on
+    the pieces as ordinary tensors, because the operations on lists of tensors are not all defined for sharded ones.
+    The other methods, `copy_to`, `store` and `restore`, need whole parameters; [`whole_copy`] does not.
     """
 
     @torch.no_grad()
@@ -194,21 +196,26 @@ class ShardedEMAModel(EMAModel):
         Update the average.
 
         Args:
-            parameters (`Iterable[nn.Parameter]`): The parameters that are averaged, in their order at creation.
+            parameters (`Iterable[nn.Parameter]`): The parameters that are averaged, in their order at creation. Frozen
+                ones are copied.
         """
-        shadows = self.shadow_params
-        self.shadow_params = [_piece(shadow) for shadow in shadows]
-        try:
-            super().step([_piece(parameter) for parameter in parameters])
-        finally:
-            self.shadow_params = shadows
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        trained, frozen = [], []
+        for shadow, parameter in zip(self.shadow_params, parameters, strict=True):
+            (trained if parameter.requires_grad else frozen).append(
+                (_piece(shadow), _piece(parameter).to(shadow.dtype))
+            )
+        if trained:
+            shadows, pieces = zip(*trained, strict=True)
+            torch._foreach_lerp_(shadows, pieces, 1 - self.cur_decay_value)
+        if frozen:
+            torch._foreach_copy_(*zip(*frozen, strict=True))
 
 
 def _piece(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor, in the same memory; frozen if the tensor is."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    return tensor.to_local().detach().requires_grad_(tensor.requires_grad)
+    """What this process holds of a tensor, in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def named_averages(model: ModelMixin, ema: EMAModel) -> dict[str, torch.Tensor]:

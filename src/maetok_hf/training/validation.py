@@ -135,6 +135,11 @@ class ReconstructionMetrics:
         metrics._sums = torch.stack([state.cpu().double() for state in states]).sum(dim=0)
         return metrics
 
+    @property
+    def num_images(self) -> int:
+        """`int`: Images added."""
+        return int(self._sums[0])
+
     def result(self) -> dict[str, float]:
         """
         The means over all images.
