@@ -150,7 +150,7 @@ def pipe():
         ({"guidance_scale": math.nan}, "`guidance_scale` must be a finite number"),
         ({"guidance_scale": math.inf}, "`guidance_scale` must be a finite number"),
         ({"guidance_scale": "1.9"}, "`guidance_scale` must be a finite number"),
-        ({"guidance_scale": None}, "`guidance_scale` must be a finite number"),
+        ({"guidance_scale": True}, "`guidance_scale` must be a finite number"),
         ({"guidance_interval": (0.8, 0.2)}, r"`guidance_interval` must be \(low, high\).*got \(0.8, 0.2\)"),
         ({"guidance_interval": (-0.1, 0.5)}, "`guidance_interval` must be"),
         ({"guidance_interval": (0.0, 1.5)}, "`guidance_interval` must be"),

@@ -100,7 +100,7 @@ def test_components_can_be_replaced_when_loading(folder):
 
 def test_components_and_from_pipe():
     pipe = tiny_pipeline("sde", id2label=NAMES)
-    assert set(pipe.components) == {"vae", "transformer", "scheduler"}
+    assert set(pipe.components) == {"vae", "transformer", "scheduler", "guidance_transformer"}
     other = MAETokDiffusionPipeline.from_pipe(pipe, scheduler=FlowMatchEulerDiscreteScheduler())
     assert other.transformer is pipe.transformer and other.vae is pipe.vae
     assert other.config.id2label == NAMES

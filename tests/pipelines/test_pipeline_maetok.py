@@ -14,6 +14,7 @@ from maetok_hf import (
     MAETokDiffusionPipeline,
     convert_transformer,
 )
+from maetok_hf.pipelines.guidance import DEFAULT_GUIDANCE_SCALE
 from maetok_hf.schedulers import scheduling_flow_match_euler_maruyama
 from tests.pipelines.helpers import NULL_CLASS, SCHEDULERS, Passes, generator, generators, tiny_pipeline
 from tests.testing_utils import GOLDEN, seeded_normal, tiny_autoencoder
@@ -145,7 +146,7 @@ def test_float64_models_are_not_rounded():
     with torch.no_grad():
         inputs = latents, torch.ones(1), torch.tensor([3])
         expected = pipe.transformer(*inputs).sample
-    actual = pipe._predict_velocity(latents, 1.0, inputs[2], None)
+    actual = pipe._evaluate(pipe.transformer, "cond", latents, 1.0, inputs[2])
     assert actual.dtype == torch.float64 and torch.equal(actual, expected)
 
 
@@ -171,7 +172,8 @@ def test_defaults_are_the_published_settings():
         for name, parameter in inspect.signature(MAETokDiffusionPipeline.__call__).parameters.items()
     }
     assert defaults["num_inference_steps"] == 250
-    assert defaults["guidance_scale"] == 1.9 and defaults["guidance_interval"] == (0.0, 0.75)
+    assert defaults["guidance_scale"] is None and DEFAULT_GUIDANCE_SCALE == 1.9
+    assert defaults["guidance_interval"] == (0.0, 0.75)
     assert FlowMatchEulerMaruyamaScheduler().config.last_step_size == 0.04
 
 

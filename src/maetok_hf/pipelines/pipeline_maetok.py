@@ -1,21 +1,13 @@
 """Class labels to images: the pipeline around a MAETok tokenizer and a transformer trained on its latents."""
 
-import difflib
 import inspect
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    ImagePipelineOutput,
-)
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -23,45 +15,16 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.autoencoder_mae import AutoencoderMAE
 from ..models.latents import check_latent_statistics, denormalize_latents
+from ..models.transformer_lightning_dit import LightningDiTTransformer1DModel
 from ..models.transformer_sit import SiTTransformer1DModel
+from ..models.transformer_usit import USiTTransformer1DModel
 from ..schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from .components import check_guidance_transformer, check_scheduler, check_transformer
+from .guidance import check_guidance_interval, combine_velocities, has_temperature, is_inside, resolve_guidance
+from .labels import check_id2label, classes_by_name, find_class, flatten_labels
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# times are float32 in some schedulers: the interval's ends still count as inside
-_INTERVAL_TOLERANCE = 1e-6
-
-
-def _check_id2label(id2label: Any) -> dict[int, str] | None:
-    """Class names with integer keys, which JSON turns into strings."""
-    if id2label is None:
-        return None
-    if not isinstance(id2label, Mapping):
-        raise ValueError(f"`id2label` must map class indices to names, such as {{0: 'tench'}}, got {id2label!r}.")
-    for index, name in id2label.items():
-        if re.fullmatch(r"\d+", str(index)) is None or not isinstance(name, str):
-            raise ValueError(f"`id2label` must map class indices to names, but has the entry {index!r}: {name!r}.")
-    return {int(index): name for index, name in id2label.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-
-
-def _flatten_labels(class_labels: Any) -> list[int | str]:
-    """Indices and names of any accepted form of labels, in order."""
-    if isinstance(class_labels, str):
-        return [class_labels]
-    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-        return _flatten_labels(class_labels.tolist())
-    if isinstance(class_labels, (list, tuple, range)):
-        return [label for entry in class_labels for label in _flatten_labels(entry)]
-    if isinstance(class_labels, (int, np.integer)) and not isinstance(class_labels, bool):
-        return [int(class_labels)]
-    raise ValueError(
-        f"`class_labels` must hold class indices (integers) or names, got {class_labels!r} of "
-        f"{type(class_labels).__name__}."
-    )
 
 
 @contextmanager
@@ -87,35 +50,54 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
 
     Args:
         vae ([`AutoencoderMAE`]): Tokenizer; decodes latents into images. Its config holds the latents' statistics.
-        transformer ([`SiTTransformer1DModel`]): Velocity model of normalised latents.
+        transformer ([`SiTTransformer1DModel`], [`LightningDiTTransformer1DModel`] or [`USiTTransformer1DModel`]):
+            Velocity model of normalised latents.
         scheduler ([`SchedulerMixin`]):
             [`FlowMatchEulerMaruyamaScheduler`] (the paper's), diffusers' [`FlowMatchEulerDiscreteScheduler`],
             [`FlowMatchHeunScheduler`], or [`UniPCMultistepScheduler`] and [`DPMSolverMultistepScheduler`] with
             `prediction_type="flow_prediction"` and `use_flow_sigmas=True`. It must follow the path the transformer was
             trained on; all but the first one follow the linear path.
         id2label (`dict[int, str]`, *optional*): Names of the classes; a name may list synonyms separated by commas.
+        guidance_transformer (one of the same three, *optional*):
+            Weak model of autoguidance, of the same latents, classes and path as `transformer`, such as a checkpoint
+            after a quarter of its training; its size and class may be others. It is saved and loaded with the
+            pipeline; `from_pretrained(..., guidance_transformer=None)` leaves it out.
 
     Raises:
         ValueError: If `id2label` does not map class indices to names.
     """
 
+    # the guidance transformer takes turns with the transformer, so it is offloaded by hand, after the last step
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
         vae: AutoencoderMAE,
-        transformer: SiTTransformer1DModel,
+        # spelled out: `from_pipe` passes on components of the very classes named here
+        transformer: SiTTransformer1DModel | LightningDiTTransformer1DModel | USiTTransformer1DModel,
         scheduler: SchedulerMixin,
         id2label: dict | None = None,
+        guidance_transformer: (
+            SiTTransformer1DModel | LightningDiTTransformer1DModel | USiTTransformer1DModel | None
+        ) = None,
     ):
         super().__init__()
-        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        self.register_to_config(id2label=_check_id2label(id2label))
+        self.register_modules(
+            vae=vae, transformer=transformer, scheduler=scheduler, guidance_transformer=guidance_transformer
+        )
+        self.register_to_config(id2label=check_id2label(id2label))
         self._current_timestep = None
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae.config.patch_size if getattr(self, "vae", None) is not None else 16
         )
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As [`DiffusionPipeline.save_pretrained`], which would drop a guidance transformer that was assigned to a
+        pipeline without one."""
+        self.register_modules(guidance_transformer=self.guidance_transformer)
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def id2label(self) -> dict[int, str] | None:
@@ -126,12 +108,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
     def labels(self) -> dict[str, list[int]]:
         """`dict[str, list[int]]`: Every class name and synonym with the classes that bear it; empty without
         `id2label`."""
-        labels: dict[str, list[int]] = {}
-        for index, names in (self.config.id2label or {}).items():
-            # a name without synonyms is its own only synonym
-            for name in dict.fromkeys([names.strip(), *map(str.strip, names.split(","))]):
-                labels.setdefault(name, []).append(int(index))
-        return labels
+        return classes_by_name(self.config.id2label)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -147,85 +124,30 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         Raises:
             ValueError: If the pipeline has no `id2label`, or a name is unknown or borne by several classes.
         """
-        labels = self.labels
-        indices = []
-        for name in [label] if isinstance(label, str) else label:
-            if not labels:
-                raise ValueError(
-                    f"the class name {name!r} needs `id2label`, which this pipeline does not have: pass the class "
-                    "index, or build the pipeline with names, `MAETokDiffusionPipeline(..., id2label={0: 'tench'})`."
-                )
-            found = labels.get(name.strip(), []) if isinstance(name, str) else []
-            if not found:
-                similar = difflib.get_close_matches(str(name), labels, n=3)
-                hint = f"did you mean {' or '.join(map(repr, similar))}?" if similar else "see `pipe.labels`."
-                raise ValueError(f"{name!r} is not a class name of this pipeline: {hint}")
-            if len(found) > 1:
-                raise ValueError(f"{name!r} is the name of classes {found}: pass the index of the one you mean.")
-            indices.append(found[0])
-        return indices
+        classes = self.labels
+        return [find_class(name, classes) for name in ([label] if isinstance(label, str) else label)]
 
     def _get_class_indices(self, class_labels: Any) -> list[int]:
         """Indices of any accepted form of labels, in order."""
-        flat = _flatten_labels(class_labels)
+        flat = flatten_labels(class_labels)
         named = iter(self.get_label_ids([label for label in flat if isinstance(label, str)]))
         return [next(named) if isinstance(label, str) else label for label in flat]
 
     def _check_components(self) -> None:
-        """Sizes and paths of the components must fit each other."""
+        """The components must be there and have been trained for each other."""
         missing = [name for name in ("vae", "transformer", "scheduler") if getattr(self, name) is None]
         if missing:
             raise ValueError(
                 f"the pipeline was built without its {' and '.join(missing)}: set `pipe.{missing[0]}` before sampling."
             )
-        vae, transformer = self.vae.config, self.transformer.config
-        pairs = (
-            ("tokens", "sample_size", transformer.sample_size, self.vae.latent_sequence_length),
-            ("channels", "in_channels", transformer.in_channels, vae.latent_channels),
-        )
-        for what, name, takes, gives in pairs:
-            if takes != gives:
-                raise ValueError(
-                    f"the transformer's `{name}` is {takes}, but the vae decodes latents of {gives} {what}: these two "
-                    "were not trained together."
-                )
-        names = self.config.id2label or {}
-        unknown = [index for index in map(int, names) if not 0 <= index < transformer.num_classes]
-        if unknown:
-            raise ValueError(
-                f"`id2label` names classes {unknown}, but the transformer has {transformer.num_classes} classes."
-            )
-
-        scheduler, config = self.scheduler, self.scheduler.config
-        if isinstance(scheduler, FlowMatchEulerMaruyamaScheduler):
-            path = config.path
-        elif isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)) or (
-            config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-        ):
-            path = "linear"
-        else:
-            raise ValueError(
-                f"the scheduler {type(scheduler).__name__} does not integrate flow-matching models: use "
-                "FlowMatchEulerMaruyamaScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunScheduler, or UniPC "
-                "or DPM-Solver++ with `prediction_type='flow_prediction'` and `use_flow_sigmas=True`."
-            )
-        if path != transformer.path:
-            raise ValueError(
-                f"the transformer was trained on the {transformer.path} path, but {type(scheduler).__name__} follows "
-                f"the {path} one: use FlowMatchEulerMaruyamaScheduler(path={transformer.path!r})."
-            )
-        if config.get("invert_sigmas"):
-            raise ValueError("a scheduler with `invert_sigmas=True` runs towards the noise: set it to False.")
-        if config.get("use_dynamic_shifting"):
-            raise ValueError(
-                "a scheduler with `use_dynamic_shifting=True` shifts times by the size of 2D latents: set it to False "
-                "and give a fixed `shift`."
-            )
+        check_transformer(self.transformer, self.vae, self.config.id2label)
+        if self.guidance_transformer is not None:
+            check_guidance_transformer(self.guidance_transformer, self.transformer)
+        check_scheduler(self.scheduler, self.transformer.config.path)
 
     def check_inputs(
         self,
         labels: list[int],
-        guidance_scale: float,
         guidance_interval: tuple[float, float],
         num_inference_steps: int,
         num_images_per_label: int,
@@ -255,20 +177,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         ):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if not _is_number(guidance_scale) or not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(
-                f"`guidance_scale` must be a finite number of at least 0 (1 is no guidance), got {guidance_scale!r}."
-            )
-        is_pair = isinstance(guidance_interval, (list, tuple)) and len(guidance_interval) == 2
-        if (
-            not is_pair
-            or not all(map(_is_number, guidance_interval))
-            or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1
-        ):
-            raise ValueError(
-                "`guidance_interval` must be (low, high), times in [0, 1] with low <= high and noise at 1, got "
-                f"{guidance_interval!r}."
-            )
+        check_guidance_interval(guidance_interval)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
         if sigmas is not None:
@@ -354,26 +263,55 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         # timesteps are rounded to integers in some schedulers, sigmas never are; one transfer for the whole run
         return self.scheduler.sigmas.tolist()
 
-    def _predict_velocity(
-        self, latents: torch.Tensor, time: float, labels: torch.Tensor, null_labels: torch.Tensor | None
+    def _evaluate(
+        self,
+        model: ModelMixin,
+        cache_context: str,
+        latents: torch.Tensor,
+        time: float,
+        labels: torch.Tensor,
+        temperature: float = 1.0,
     ) -> torch.Tensor:
-        """Velocity at `latents` in float32 or better: the conditional pass, guided by a null one if `null_labels` is
-        given."""
-        model_input = latents.to(self.transformer.dtype)
+        """One pass of a model: its velocity at `latents` in float32 or better."""
         timestep = torch.full((latents.shape[0],), time, dtype=torch.float32, device=latents.device)
-        with self.transformer.cache_context("cond"):
-            velocity = self.transformer(model_input, timestep, labels, return_dict=False)[0]
-        velocity = velocity.to(torch.promote_types(velocity.dtype, torch.float32))
-        if null_labels is None:
+        kwargs = {"guidance_temperature": torch.full_like(timestep, temperature)} if has_temperature(model) else {}
+        with model.cache_context(cache_context):
+            velocity = model(latents.to(model.dtype), timestep, labels, return_dict=False, **kwargs)[0]
+        return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
+
+    def _predict_velocity(
+        self, latents: torch.Tensor, time: float, labels: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Velocity at `latents` in float32 or better, guided by the run's method at a scale; 1 is no guidance."""
+        if self.guidance_method == "gft":
+            return self._evaluate(self.transformer, "cond", latents, time, labels, 1 / scale)
+        velocity = self._evaluate(self.transformer, "cond", latents, time, labels)
+        if scale == 1:
             return velocity
-        with self.transformer.cache_context("uncond"):
-            null_velocity = self.transformer(model_input, timestep, null_labels, return_dict=False)[0].to(velocity)
-        return null_velocity + self.guidance_scale * (velocity - null_velocity)
+        if self.guidance_method == "autoguidance":
+            # the caches of the two models are apart, so that a pass may have the same name in both
+            base = self._evaluate(self.guidance_transformer, "cond", latents, time, labels)
+        else:
+            null_labels = torch.full_like(labels, self.transformer.config.num_classes)
+            base = self._evaluate(self.transformer, "uncond", latents, time, null_labels)
+        return combine_velocities(base.to(velocity), velocity, scale)
+
+    def _offload_guidance_transformer(self) -> None:
+        """Make room for the decoder, where `enable_model_cpu_offload` is on."""
+        for hook in getattr(self, "_all_hooks", []):
+            if hook.model is self.guidance_transformer:
+                hook.offload()
 
     @property
     def guidance_scale(self) -> float:
-        """`float`: Scale of the current run; a callback may change `_guidance_scale` between steps."""
+        """`float`: Scale of the current run; a callback may change `_guidance_scale` between steps. For guidance-free
+        training it is the inverse of the temperature."""
         return self._guidance_scale
+
+    @property
+    def guidance_method(self) -> str:
+        """`str`: How the current run is guided: `"cfg"`, `"autoguidance"` or `"gft"`."""
+        return self._guidance_method
 
     @property
     def num_timesteps(self) -> int:
@@ -395,7 +333,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list | torch.Tensor | None = None,
-        guidance_scale: float = 1.9,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 0.75),
         num_inference_steps: int = 250,
         num_images_per_label: int = 1,
@@ -406,6 +344,8 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],
         sigmas: list[float] | None = None,
+        guidance_method: str | None = None,
+        guidance_temperature: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
         Generate images of classes. The defaults are the published settings at 256 pixels (MAETok, section 4.1).
@@ -413,13 +353,15 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
                 Class indices or names, one or (nested) lists of them; images come in their order. `None` samples
-                unconditionally, from the null class.
-            guidance_scale (`float`, *optional*, defaults to 1.9):
-                Scale s of classifier-free guidance: velocities combine as `null + s * (conditional - null)`. 1 is no
-                guidance, and runs no null pass.
+                unconditionally, from the null class: then both passes of autoguidance take the null class, and the
+                other two methods, which strengthen a class, leave the velocity as it is.
+            guidance_scale (`float`, *optional*):
+                Scale s of guidance; 1.9 if neither it nor `guidance_temperature` is given. 1 is no guidance, and runs
+                one pass a step. Models trained without guidance (`"gft"`) need at least 1.
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.75)`):
                 Times `(low, high)` in [0, 1], both inclusive, between which guidance applies; outside, only the
-                conditional pass runs ([arXiv 2404.07724](https://huggingface.co/papers/2404.07724)).
+                conditional pass of `transformer` runs ([arXiv
+                2404.07724](https://huggingface.co/papers/2404.07724)), at temperature 1 if it has one.
             num_inference_steps (`int`, *optional*, defaults to 250): Number of solver steps.
             num_images_per_label (`int`, *optional*, defaults to 1): Images of each label, next to each other.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -436,13 +378,26 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
                 Names of the tensors that the callback gets.
             sigmas (`list[float]`, *optional*): Custom start times of the steps in (0, 1], instead of the scheduler's
                 grid.
+            guidance_method (`str`, *optional*):
+                - `"cfg"`, classifier-free guidance: `null + s * (conditional - null)`, two passes a step inside the
+                  interval, of `transformer` at temperature 1 if it has one;
+                - `"autoguidance"` ([arXiv 2406.02507](https://huggingface.co/papers/2406.02507)): `weak + s * (strong
+                  - weak)`, both conditional, a pass of `transformer` and one of `guidance_transformer`;
+                - `"gft"`, guidance-free training ([arXiv 2501.15420](https://huggingface.co/papers/2501.15420)): the
+                  transformer's own velocity at temperature `1 / s`, always one pass. The transformer must have been
+                  trained for it, with `temperature_embedding=True` in its config.
+
+                `None` is `"gft"` for such a transformer, else `"autoguidance"` if the pipeline has a
+                `guidance_transformer`, else `"cfg"`. The name of a method chooses or declines the others.
+            guidance_temperature (`float`, *optional*):
+                Temperature of `"gft"` in (0, 1], instead of `guidance_scale`: `1 / s`; 1 is no guidance.
 
         Returns:
             [`~pipelines.ImagePipelineOutput`] with `images`, or a 1-tuple of them if `return_dict` is `False`.
 
         Raises:
-            ValueError: If an argument is out of range or unknown, or the components do not fit each other; raised
-                before any computation.
+            ValueError: If an argument is out of range or unknown, the guidance needs a component that is not there,
+                or the components do not fit each other; raised before any computation.
 
         Examples:
 
@@ -463,7 +418,6 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             raise ValueError("`class_labels` is empty: give at least one class, or None to sample unconditionally.")
         self.check_inputs(
             labels,
-            guidance_scale,
             guidance_interval,
             len(sigmas) if sigmas is not None else num_inference_steps,
             num_images_per_label,
@@ -473,16 +427,17 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             sigmas,
             callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
+        self._guidance_method, self._guidance_scale = resolve_guidance(
+            guidance_method, guidance_scale, guidance_temperature, self.transformer, self.guidance_transformer
+        )
         self._current_timestep = None
         self._interrupt = False
         device = self._execution_device
 
         # 2. Prepare labels, noise and the time grid
         null_class = self.transformer.config.num_classes
-        unconditional = not labels
+        can_guide = bool(labels) or self.guidance_method == "autoguidance"
         label_ids = torch.tensor(labels or [null_class], device=device).repeat_interleave(num_images_per_label)
-        null_labels = torch.full_like(label_ids, null_class)
         latents = self.prepare_latents(len(label_ids), device, generator, latents)
         times = self._set_timesteps(num_inference_steps, sigmas, device)
         timesteps = self.scheduler.timesteps
@@ -492,17 +447,17 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             step_kwargs["generator"] = generator
 
         # 3. Integrate from noise to data
-        low, high = guidance_interval[0] - _INTERVAL_TOLERANCE, guidance_interval[1] + _INTERVAL_TOLERANCE
-        with _evaluation_mode(self.transformer), self.progress_bar(total=len(timesteps)) as progress_bar:
+        models = [model for model in (self.transformer, self.guidance_transformer) if model is not None]
+        with _evaluation_mode(*models), self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
                 # Heun's corrector belongs to the step that its predictor began
                 corrector = self.scheduler.order == 2 and not self.scheduler.state_in_first_order
-                inside = low <= times[i - 1 if corrector else i] <= high
-                guided = inside and self.guidance_scale != 1 and not unconditional
-                velocity = self._predict_velocity(latents, times[i], label_ids, null_labels if guided else None)
+                inside = is_inside(times[i - 1 if corrector else i], guidance_interval)
+                scale = self.guidance_scale if inside and can_guide else 1.0
+                velocity = self._predict_velocity(latents, times[i], label_ids, scale)
                 latents = self.scheduler.step(velocity, t, latents, **step_kwargs)[0]
 
                 if callback_on_step_end is not None:
@@ -513,6 +468,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
                 progress_bar.update()
 
         self._current_timestep = None
+        self._offload_guidance_transformer()
 
         # 4. Decode
         if output_type == "latent":
