@@ -211,11 +211,16 @@ def put_clocks(script: ModuleType, training: Any, clock: Clock, num_steps: int) 
     training.run.leave_if_asked = leave
 
 
+def compute_threads(case: Case, num_threads: int) -> int:
+    """Threads beside those of data workers: with more, each operation would wait until a worker has had its turn."""
+    return max(1, num_threads - case.options.get("dataloader_num_workers", 0))
+
+
 def run_case(case: Case, data: str, num_threads: int) -> dict[str, Any]:
     """Steps of a case in seconds, by part; run it in a process of its own."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     multiprocessing.set_start_method(None, force=True)  # data workers start as they do in the script
-    torch.set_num_threads(num_threads)
+    torch.set_num_threads(compute_threads(case, num_threads))
     recipe = load_recipe(TokenizerRecipe, RECIPES / f"{case.recipe}.yaml", case.overrides)
     script, clock = load_script(), Clock()
     iterate = SlotLoader.__iter__
@@ -407,8 +412,8 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             *(line.strip() for line in str(__doc__).split("\n\n")[1:3]),
             "",
-            f"- {report['num_threads']} threads; other jobs ran on the machine: load average "
-            f"{' at the beginning and '.join(map(str, report['load_average']))} at the end",
+            f"- {report['num_threads']} threads, of which a data worker has one; other jobs ran on the machine: load "
+            f"average {' at the beginning and '.join(map(str, report['load_average']))} at the end",
             f"- {machine_line(report['machine'])}",
             "",
             "```",

@@ -48,7 +48,7 @@ from maetok_hf.models import AutoencoderMAE
 from maetok_hf.seeding import keyed_seed
 from maetok_hf.training.checkpointing import data_identity, export, model_digest, write_json
 from maetok_hf.training.discriminator_objective import sample_adversarial_draws
-from maetok_hf.training.draws import sample_noise
+from maetok_hf.training.draws import sample_noise, seed_global_generator
 from maetok_hf.training.interruption import end_process
 from maetok_hf.training.latent_statistics import measure_latents
 from maetok_hf.training.masking import sample_masks
@@ -230,7 +230,7 @@ class TokenizerTraining:
                 self.row_counts += batch["counts"]
                 # Drop-path is the only draw that is left to the global generator.
                 micro_batch = part * self.accelerator.num_processes + self.accelerator.process_index
-                torch.manual_seed(keyed_seed(options.seed, "dropout", step, micro_batch))
+                seed_global_generator(keyed_seed(options.seed, "dropout", step, micro_batch), self.device)
                 with self.accelerator.accumulate(self.model):
                     self.micro_step(step, batch, mask_ratio)
             done = step + 1

@@ -67,7 +67,7 @@ def test_both_stages_leave_a_tokenizer_with_statistics_and_a_report(run_here, fl
         tokenizer.config.latents_std,
     )
     ratios = [entry["mask_ratio"] for entry in entries(tmp_path / "two")]
-    assert ratios == pytest.approx([0.6, 0.45, 0.3, 0.15, 0, 0, 0, 0])
+    assert ratios == pytest.approx([0.6, 0.4, 0.2, 0, 0, 0, 0, 0])
     assert "hog" not in entries(tmp_path / "two")[0]
 
 

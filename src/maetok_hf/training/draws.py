@@ -73,3 +73,20 @@ def sample_noise(
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
     return draw_rows(draw, seed, purpose, step, sample_indices)
+
+
+def seed_global_generator(seed: int, device: torch.device) -> None:
+    """
+    Seed the one generator that dropout on a device draws from.
+
+    `torch.manual_seed` also seeds those of all other devices; before CUDA is in use it keeps each of these calls, with
+    a stack trace, for the day that it is.
+
+    Args:
+        seed (`int`): The seed, for example from [`~maetok_hf.seeding.keyed_seed`].
+        device (`torch.device`): The device.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.get_device_module(device).manual_seed(seed)
