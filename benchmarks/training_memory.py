@@ -38,6 +38,9 @@ CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 MARGIN = 0.1
 MAX_BATCH = 4096
 SHOWN_BATCHES = (1, 8)
+# their kernels, on every device, make the unreduced loss and shrink it to a scalar, which keeps all of its storage;
+# fake tensors show the scalar's alone
+SHRINKING_LOSSES = (torch.ops.aten.mse_loss.default, torch.ops.aten.smooth_l1_loss.default)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -56,18 +59,20 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        least = args[0].numel() * result.element_size() if func in SHRINKING_LOSSES else 0
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._note(leaf.untyped_storage())
+                self._note(leaf.untyped_storage(), least)
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _note(self, storage: torch.UntypedStorage, least: int) -> None:
         if storage in self._known:
             return
         self._known.add(storage)
-        self.live += storage.nbytes()
+        size = max(storage.nbytes(), least)
+        self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._release, storage.nbytes())
+        weakref.finalize(storage, self._release, size)
 
     def _release(self, size: int) -> None:
         self.live -= size

@@ -143,7 +143,7 @@ class TrainingStep:
             self.objective = make_tokenizer_objective(recipe, self.tokenizer, 0, self.discriminator, captions)
         self.objective.train()
         if gradient_checkpointing:
-            self.tokenizer.enable_gradient_checkpointing()
+            self.objective.enable_gradient_checkpointing()
 
     def allocate(self, device: str) -> "TrainingStep":
         """

@@ -144,6 +144,21 @@ def run_stage(command: list[str], output_dir: Path) -> int:
             signal.signal(number, handler)
 
 
+def launch(script: str, output_dir: Path, args: argparse.Namespace, *flags: str) -> None:
+    """Run a script through `accelerate launch`; this process ends if that fails."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--num_processes", "1", "--num_cpu_threads_per_process", str(args.num_threads)),
+        # what `accelerate config` may have set on this machine for other runs
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *(str(EXAMPLES / script), "--output_dir", str(output_dir), *flags),
+    ]
+    print(f"\n=== {output_dir.name}\n{shlex.join(command)}\n", flush=True)
+    status = run_stage(command, output_dir)
+    if status != 0:
+        sys.exit(f"{script} ended with status {status}; give the same command again to go on from where it was.")
+
+
 def train(
     script: str,
     recipe_class: type,
@@ -161,23 +176,14 @@ def train(
     overrides = {}
     if args.max_train_steps is not None:
         overrides = {"max_train_steps": args.max_train_steps, "lr_warmup_steps": 0}
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--num_processes", "1", "--num_cpu_threads_per_process", str(args.num_threads)),
-        # what `accelerate config` may have set on this machine for other runs
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *(str(EXAMPLES / script), "--recipe", recipe),
-        *("--dataset_name", str(args.output_dir / "data"), "--output_dir", str(output_dir), "--seed", str(args.seed)),
-        *("--checkpointing_steps", "500", *options),
-        *(word for name, value in overrides.items() for word in (f"--{name}", str(value))),
-    ]
     if not report_file.is_file():
-        print(f"\n=== {recipe}\n{shlex.join(command)}\n", flush=True)
-        status = run_stage(command, output_dir)
-        if status != 0:
-            sys.exit(
-                f"{script} ended with status {status}; give the same command again to go on from its last checkpoint."
-            )
+        launch(
+            script,
+            output_dir,
+            args,
+            *("--recipe", recipe, "--seed", str(args.seed), "--checkpointing_steps", "500", *options),
+            *(word for name, value in overrides.items() for word in (f"--{name}", str(value))),
+        )
     report = json.loads(report_file.read_text(encoding="utf-8"))
     settings = recipe_to_dict(load_recipe(recipe_class, EXAMPLES / "recipes" / f"{recipe}.yaml", overrides))
     if report["recipe"] != settings or report["options"]["seed"] != args.seed:
@@ -281,25 +287,30 @@ def main() -> None:
 
     # 2. Train: mask modelling with the HOG target, then the decoder alone, then the generator on the latents
     tokenizer, finetuned, generator = (output_dir / name for name in ("tokenizer", "tokenizer-finetuned", "generator"))
+    images = ("--dataset_name", str(output_dir / "data"))
     held_out = ("--validation_split", "test")
     from_tokenizer = ("--pretrained_model_name_or_path", str(tokenizer))
-    from_finetuned = ("--tokenizer_name_or_path", str(finetuned), "--cache_latents")
+    from_finetuned = ("--tokenizer_name_or_path", str(finetuned))
     stages = {
-        "tokenizer": train("train_maetok.py", TokenizerRecipe, "demo-tokenizer", tokenizer, args, *held_out),
+        "tokenizer": train("train_maetok.py", TokenizerRecipe, "demo-tokenizer", tokenizer, args, *images, *held_out),
         "decoder": train(
             "train_maetok.py",
             TokenizerRecipe,
             "demo-decoder",
             finetuned,
             args,
+            *images,
             *held_out,
             *from_tokenizer,
             tokenizer=tokenizer,
         ),
-        "generator": train(
-            "train_sit.py", SiTRecipe, "demo-sit", generator, args, *from_finetuned, tokenizer=finetuned
-        ),
     }
+    latents = output_dir / "latents"
+    launch("cache_latents.py", latents, args, *images, *from_finetuned, "--resolution", "32", "--random_flip", "false")
+    from_latents = (*from_finetuned, "--latents_name_or_path", str(latents))
+    stages["generator"] = train(
+        "train_sit.py", SiTRecipe, "demo-sit", generator, args, *from_latents, tokenizer=finetuned
+    )
     save_pipeline(MAETokDiffusionPipeline.from_pretrained(generator), output_dir / "pipeline")
 
     # 3. Load the pipeline back, as anyone would, and sample

@@ -17,6 +17,8 @@ On a folder of images of your own, where every recipe value has a flag of its na
         --output_dir outputs/mine --total_batch_size 64 --gradient_accumulation_steps 4 --max_train_steps 50000
 
 Sharded over several machines, or several GPUs that are too small for one copy: see examples/accelerate_configs.
+torch's launcher gives several processes 30 s to save when it is told to stop: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+in its environment if a step and a checkpoint take longer.
 
 A run that was stopped (Ctrl-C and SIGTERM save a checkpoint first) or killed continues with the same command, exactly.
 The result in `output_dir` is loaded by `AutoencoderMAE.from_pretrained(output_dir)`; beside it lie the checkpoints,
@@ -37,10 +39,9 @@ from accelerate import Accelerator
 from torch.nn.utils import clip_grad_norm_
 
 from maetok_hf.data import (
-    COUNT_NAMES,
     HeldOutImages,
+    RowCounts,
     StreamingImages,
-    describe_counts,
     open_images,
     to_pixel_values,
 )
@@ -168,13 +169,14 @@ class TokenizerTraining:
         # Data: micro-batches in an order that depends on the seed, not on processes, workers or restarts
         self.stream, self.unaugmented, self.held_out = open_data(recipe, options, self.accelerator)
         self.steps_per_epoch = self.stream.micro_batches_per_epoch // options.gradient_accumulation_steps
-        self.row_counts = torch.zeros(len(COUNT_NAMES), dtype=torch.int64)  # of this epoch, on this process
+        self.row_counts = RowCounts(self.run.sum)  # of this epoch
 
         # Optimisers and the moving average, of parameters that may be sharded by now
         self.model, self.optimizer = self.accelerator.prepare(self.objective, recipe.make_optimizer(self.objective))
         self.objective.move_frozen(self.device)
         self.parameters = self.objective.trainable_parameters()
         self.ema = create_ema(self.tokenizer, recipe.ema_decay)
+        self.saved = {"tokenizer": None, "tokenizer_ema": self.ema}  # folders of a checkpoint, and whose weights
         if self.discriminator is not None:
             # It is small, and called from within the tokenizer's forward pass: its gradients are averaged here instead
             # of by a wrapper. Its heads compute in float32 whatever the precision, so its gradients are not scaled.
@@ -203,7 +205,7 @@ class TokenizerTraining:
             optimizers=optimizers,
         )
         if self.accelerator.is_main_process and "row_counts" in self.run.extra:
-            self.row_counts += torch.tensor(self.run.extra["row_counts"])  # those of all processes
+            self.row_counts.add(self.run.extra["row_counts"])  # those of all processes
         self.accelerator.print(
             f"{self.tokenizer.num_parameters() / 1e6:.1f} M parameters, {self.stream.source.num_rows} images, "
             f"{self.steps_per_epoch} steps per epoch ({self.stream.num_dropped} images left out), "
@@ -219,15 +221,16 @@ class TokenizerTraining:
         self.stream.set_start(first_step * options.gradient_accumulation_steps)
         micro_batches = iter(self.stream.dataloader(pin_memory=self.device.type == "cuda"))
         self.model.train()
-        if first_step > 0 and not self.has_statistics(first_step):
-            self.examine(first_step, saved=True)  # the run was stopped before it could
+        if first_step > 0:  # what the run was stopped before
+            self.measure_latents(first_step)
+            self.examine(first_step, saved=False)
         for step in range(first_step, recipe.max_train_steps):
             learning_rate = recipe.learning_rate_at(step)
             set_learning_rate(self.optimizer, learning_rate)
             mask_ratio = recipe.mask_ratio_at(step, options.seed)
             for part in range(options.gradient_accumulation_steps):
                 batch = next(micro_batches)
-                self.row_counts += batch["counts"]
+                self.row_counts.add(batch["counts"])
                 # Drop-path is the only draw that is left to the global generator.
                 micro_batch = part * self.accelerator.num_processes + self.accelerator.process_index
                 seed_global_generator(keyed_seed(options.seed, "dropout", step, micro_batch), self.device)
@@ -236,10 +239,11 @@ class TokenizerTraining:
             done = step + 1
             save = run.end_step(step, {"learning_rate": learning_rate, "mask_ratio": mask_ratio})
             if done % self.steps_per_epoch == 0:
-                self.report_epoch(done // self.steps_per_epoch)
+                epoch = done // self.steps_per_epoch
+                self.accelerator.print(f"Epoch {epoch} of the images is over: {self.row_counts.report()}")
             if save:
-                row_counts = self.accelerator.reduce(self.row_counts.to(self.device))
-                run.save(step, {"row_counts": row_counts.tolist()})
+                run.save(step, {"row_counts": self.row_counts.total()})
+                self.measure_latents(done)
             if not run.stopping:
                 self.examine(done, save)
             run.leave_if_asked(step)
@@ -306,12 +310,6 @@ class TokenizerTraining:
         draws = sample_adversarial_draws(self.options.seed, side, step, batch["indices"], looks)
         return {name: draw.to(self.device, non_blocking=True) for name, draw in draws.items()}
 
-    def report_epoch(self, epoch: int) -> None:
-        """Say what was unusual about the images of an epoch."""
-        counts = self.accelerator.reduce(self.row_counts.to(self.device)).cpu()
-        self.accelerator.print(f"Epoch {epoch} of the images is over: {describe_counts(counts)}")
-        self.row_counts.zero_()
-
     def latent_statistics(self, tokenizers: dict[str, AutoencoderMAE], num_images: int) -> dict[str, dict[str, Any]]:
         """Config values of each: mean and standard deviation of its latents of at least `num_images` images."""
         per_round = self.unaugmented.batch_size * self.accelerator.num_processes
@@ -320,26 +318,26 @@ class TokenizerTraining:
         pixel_values = (to_pixel_values(batch["images"], self.device) for _, batch in batches)
         return measure_latents(tokenizers, pixel_values, self.recipe.latent_statistics, self.accelerator.gather)
 
-    def has_statistics(self, done: int) -> bool:
-        """Whether nothing has to be measured of the latents of the checkpoint after `done` steps."""
+    def measure_latents(self, done: int) -> None:
+        """Statistics of the latents of a checkpoint's models, for their configs; the checkpoint is whole by then."""
         folder = self.run.checkpoint(done) / "tokenizer_ema"
-        return not self.latents_change or AutoencoderMAE.load_config(folder)["latents_mean"] is not None
+        # asked of one process: what the others see of the file may be older
+        missing = self.accelerator.is_main_process and folder.is_dir()
+        missing = missing and AutoencoderMAE.load_config(folder)["latents_mean"] is None
+        if not self.latents_change or not self.run.sum(torch.tensor(int(missing))):
+            return
+        copies = {name: whole_copy(self.tokenizer, ema, self.device) for name, ema in self.saved.items()}
+        configs = self.latent_statistics(copies, self.options.checkpoint_statistics_images or 1024)
+        self.run.add_to_configs(done, configs)
 
     def examine(self, done: int, saved: bool) -> None:
-        """What is due after a step and may take long: statistics of saved latents, held-out images, an upload."""
-        every = self.options.validation_steps
-        validated = every and done % every == 0 and done < self.recipe.max_train_steps
-        if not (saved or validated):
-            return
-        average = whole_copy(self.tokenizer, self.ema, self.device)
-        if saved and self.latents_change:
-            copies = {"tokenizer": whole_copy(self.tokenizer, None, self.device), "tokenizer_ema": average}
-            configs = self.latent_statistics(copies, self.options.checkpoint_statistics_images or 1024)
-            self.run.add_to_configs(done, configs)
-        if validated:
-            self.validate(average, done)
+        """What is due after a step and may take long: measurements on held-out images, an upload."""
+        every, metrics = self.options.validation_steps, None
+        if every and done % every == 0 and done < self.recipe.max_train_steps:
+            metrics = self.validate(whole_copy(self.tokenizer, self.ema, self.device), done)
         if saved:
-            self.run.publish(lambda: self.with_card(self.run.checkpoint(done) / "tokenizer_ema", done), done)
+            folder = self.run.checkpoint(done) / "tokenizer_ema"
+            self.run.publish(lambda: self.with_card(folder, done, metrics), done)
 
     def with_card(self, folder: Path, step: int, metrics: dict[str, float] | None = None) -> dict[str, Path]:
         """The files of a saved tokenizer, its card and the newest picture, by their names in a Hub repository."""
@@ -367,15 +365,15 @@ class TokenizerTraining:
     def validate(self, tokenizer: AutoencoderMAE, step: int) -> dict[str, float] | None:
         """PSNR, SSIM and, with its network, LPIPS of unmasked held-out reconstructions, and a picture of the first."""
         metrics, picture = ReconstructionMetrics(self.objective.perceptual), None
-        counts = torch.zeros(len(COUNT_NAMES), dtype=torch.int64)
+        row_counts = RowCounts(self.run.sum)
         for batch in self.held_out:
-            counts += batch["counts"]
+            row_counts.add(batch["counts"])
             pixel_values = to_pixel_values(batch["images"], self.device)
             reconstructions = tokenizer(pixel_values).sample
             metrics.update(reconstructions, pixel_values)
             if picture is None:
                 picture = reconstruction_grid(pixel_values[:PICTURE_IMAGES], reconstructions[:PICTURE_IMAGES])
-        counts = describe_counts(self.accelerator.reduce(counts.to(self.device)).cpu())
+        unusual = row_counts.report()
         metrics = ReconstructionMetrics.merged(self.accelerator.gather(metrics.state()[None].to(self.device)))
         if metrics.num_images == 0:
             logging.warning("Held-out images after step %d: not one can be used.", step)
@@ -386,7 +384,7 @@ class TokenizerTraining:
             self.run.trackers.log_image("validation/reconstructions", picture, step)
         self.run.trackers.log({f"validation/{name}": value for name, value in result.items()}, step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-        self.accelerator.print(f"Held-out images after step {step}: {shown} ({counts})")
+        self.accelerator.print(f"Held-out images after step {step}: {shown} ({unusual})")
         return result
 
     def finish(self) -> None:

@@ -1,54 +1,80 @@
-"""Train a SiT generator on the latents of a trained MAETok tokenizer.
+"""Train a generator (SiT, LightningDiT or USiT) on the latents of a trained tokenizer.
 
-On ImageNet (log in first: the data set is gated), 8 processes:
+On latents that examples/cache_latents.py has written, 8 processes:
 
     accelerate launch --num_processes 8 examples/train_sit.py --recipe sit-xl-256 \
-        --tokenizer_name_or_path outputs/maetok-b-128-decoder \
-        --dataset_name ILSVRC/imagenet-1k --output_dir outputs/sit-xl --mixed_precision bf16 \
-        --dataloader_num_workers 8
+        --tokenizer_name_or_path outputs/maetok-b-128-decoder --latents_name_or_path outputs/latents \
+        --output_dir outputs/sit-xl --mixed_precision bf16 --validation_steps 10000
 
-On images of your own, each encoded once before the training (32 KiB per image and mirror image at 128 x 32):
+On images, each batch encoded when it is needed (ImageNet is gated: log in first):
 
-    accelerate launch examples/train_sit.py --recipe sit-b-256 --tokenizer_name_or_path outputs/mine \
-        --dataset_name path/to/folder --output_dir outputs/sit-mine --cache_latents --total_batch_size 64
+    accelerate launch --num_processes 8 examples/train_sit.py --recipe sit-xl-256 \
+        --tokenizer_name_or_path outputs/maetok-b-128-decoder --dataset_name ILSVRC/imagenet-1k \
+        --output_dir outputs/sit-xl --mixed_precision bf16 --dataloader_num_workers 8
+
+Fine-tuning of what that has trained, for sampling in one pass per step without guidance (GFT):
+
+    accelerate launch --num_processes 8 examples/train_sit.py --recipe sit-xl-256-gft \
+        --pretrained_model_name_or_path outputs/sit-xl \
+        --tokenizer_name_or_path outputs/maetok-b-128-decoder --latents_name_or_path outputs/latents \
+        --output_dir outputs/sit-xl-gft --mixed_precision bf16
+
+torch's launcher gives several processes 30 s to save when it is told to stop: set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+in its environment if a step and a checkpoint take longer.
 
 A run that was stopped (Ctrl-C and SIGTERM save a checkpoint first) or killed continues with the same command, exactly.
 The result in `output_dir` is a whole pipeline, loaded by `MAETokDiffusionPipeline.from_pretrained(output_dir)`; beside
-it lie the checkpoints, `training_log.jsonl` (losses) and `train_report.json` (timings, final loss).
+it lie the checkpoints, `training_log.jsonl` (losses), `validation/` (samples), `logs/` (TensorBoard's) and
+`train_report.json` (timings, final loss). A checkpoint's `transformer_ema` is a model of its own: an early one can be
+the `guidance_transformer` of autoguidance.
 """
 
 import argparse
 import dataclasses
-import logging
-import time
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch.nn.utils import clip_grad_norm_
 
-from maetok_hf.data import HeldOutImages, ImageSource, StreamingImages, open_images, to_pixel_values
-from maetok_hf.models import AutoencoderMAE, SiTTransformer1DModel
+from maetok_hf.data import (
+    LatentSource,
+    RowCounts,
+    StreamingImages,
+    StreamingLatents,
+    open_images,
+    open_latents,
+    to_pixel_values,
+)
+from maetok_hf.models import AutoencoderMAE
 from maetok_hf.models.latents import check_latent_statistics, normalize_latents
 from maetok_hf.pipelines import MAETokDiffusionPipeline
 from maetok_hf.schedulers import FlowMatchEulerMaruyamaScheduler
-from maetok_hf.seeding import keyed_seed
-from maetok_hf.training.checkpointing import Checkpointer, data_identity, export, model_digest, write_json
-from maetok_hf.training.flow_matching import FlowMatchingObjective, sample_flow_draws
-from maetok_hf.training.interruption import RunLock, StopRequest, end_process
-from maetok_hf.training.latent_cache import LatentCache
+from maetok_hf.seeding import keyed_generator, keyed_seed
+from maetok_hf.training.checkpointing import data_identity, export, model_digest, write_json
+from maetok_hf.training.draws import seed_global_generator
+from maetok_hf.training.flow_matching import sample_flow_draws
+from maetok_hf.training.generator_parts import make_flow_objective, make_transformer
+from maetok_hf.training.interruption import end_process
+from maetok_hf.training.latent_encoding import check_same_encoder
 from maetok_hf.training.latent_statistics import encode_latents
+from maetok_hf.training.model_card import write_model_card
 from maetok_hf.training.optim import create_ema, set_learning_rate
-from maetok_hf.training.progress import TrainingMonitor
 from maetok_hf.training.recipes import parse_arguments
+from maetok_hf.training.run import TrainingRun
 from maetok_hf.training.run_options import SiTRunOptions
-from maetok_hf.training.sharding import configure_deepspeed, configure_sharding, full_tensor, whole_copy
+from maetok_hf.training.sharding import configure_deepspeed, whole_copy
 from maetok_hf.training.sit_recipe import SiTRecipe
+from maetok_hf.training.validation import image_grid, write_png
+
+
+MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "sit_template.md"
 
 
 def load_tokenizer(options: SiTRunOptions, recipe: SiTRecipe) -> AutoencoderMAE:
     """The frozen tokenizer, refused before any work if its latents cannot be normalised."""
-    tokenizer = AutoencoderMAE.from_pretrained(options.tokenizer_name_or_path).requires_grad_(False)
+    tokenizer = AutoencoderMAE.from_pretrained(options.tokenizer_name_or_path)
     check_latent_statistics(tokenizer.config)
     if recipe.resolution % tokenizer.config.patch_size:
         raise ValueError(
@@ -60,81 +86,281 @@ def load_tokenizer(options: SiTRunOptions, recipe: SiTRecipe) -> AutoencoderMAE:
             f"`resolution` is {recipe.resolution}, but a tokenizer without latent tokens has one latent per patch and "
             f"was built for {tokenizer.config.sample_size}."
         )
-    return tokenizer
+    return whole_copy(tokenizer)  # which does not know from which folder it came
 
 
-def make_transformer(recipe: SiTRecipe, source: ImageSource, tokenizer: AutoencoderMAE, seed: int):
-    """A freshly initialised SiT that fits the tokenizer's latents and the data set's classes."""
-    settings = dict(recipe.model)
-    if source.columns.label is None:
-        raise ValueError(f"{source.description} has no label column: name it with `label_column`.")
-    known, given = source.num_classes, settings.pop("num_classes", None)
-    if known is None and given is None:
-        raise ValueError("The data set does not say how many classes it has: give `--model num_classes=...`.")
-    if known is not None and given is not None and known != given:
-        raise ValueError(f"`model` sets num_classes={given}, but the data set has {known} classes.")
-    torch.manual_seed(keyed_seed(seed, "initialisation"))
-    return SiTTransformer1DModel(
-        sample_size=tokenizer.latent_sequence_length,
-        in_channels=tokenizer.config.latent_channels,
-        num_classes=known or given,
-        **settings,
+def open_data(recipe: SiTRecipe, options: SiTRunOptions, run: TrainingRun, tokenizer: AutoencoderMAE):
+    """The training stream, of latents or of images."""
+    settings = {
+        "batch_size": options.micro_batch_size(recipe.total_batch_size, run.accelerator.num_processes),
+        "seed": options.seed,
+        "rank": run.accelerator.process_index,
+        "world_size": run.accelerator.num_processes,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "num_workers": options.dataloader_num_workers,
+        "num_streams": options.num_streams,
+        "random_flip": recipe.random_flip,
+        "require_labels": True,
+    }
+    if options.latents_name_or_path is not None:
+        if recipe.needs_images:
+            raise ValueError(
+                f"`alignment_weight` = {recipe.alignment_weight} needs the images, which cached latents do not have: "
+                "give `dataset_name` instead of `latents_name_or_path`, or set it to 0."
+            )
+        latents = open_latents(options.latents_name_or_path)
+        check_same_encoder(tokenizer, latents.metadata)
+        if latents.metadata["resolution"] != recipe.resolution:
+            raise ValueError(
+                f"`resolution` is {recipe.resolution}, but {latents.description} are of images of "
+                f"{latents.metadata['resolution']} pixels: choose the recipe for these, or other latents."
+            )
+        statistics = {name: tokenizer.config[name] for name in ("latents_mean", "latents_std")}
+        return StreamingLatents(latents, **statistics, **settings)
+    images = open_images(
+        options.dataset_name,
+        split=options.train_split,
+        name=options.dataset_config_name,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        cache_dir=options.cache_dir,
     )
+    if images.columns.label is None:
+        raise ValueError(f"{images.description} has no label column: name it with `label_column`.")
+    return StreamingImages(images, resolution=recipe.resolution, **settings)
 
 
-def check_class_labels(class_labels: torch.Tensor, num_classes: int) -> None:
-    """Refuse labels beyond a hand-set number of classes, the first of which would be taken for the null class."""
-    if class_labels.max() >= num_classes:
-        raise ValueError(
-            f"The data set has the label {class_labels.max().item()}, but `model` sets num_classes={num_classes}: "
-            "labels go from 0 to num_classes - 1."
+class GeneratorTraining:
+    """One training run of a generator: what is trained, and what happens in a step."""
+
+    def __init__(self, recipe: SiTRecipe, options: SiTRunOptions):
+        self.recipe, self.options = recipe, options
+        if not MODEL_CARD.is_file():
+            raise ValueError(f"The model card's template {MODEL_CARD} is missing: run this script where it lies.")
+        self.run = TrainingRun(recipe, options, f"generator, {recipe.architecture}", supports_deepspeed=True)
+        self.accelerator, self.device = self.run.accelerator, self.run.device
+
+        # Frozen tokenizer and data, whose order depends on the seed, not on processes, workers or restarts
+        self.tokenizer = load_tokenizer(options, recipe).to(self.device)
+        self.stream = open_data(recipe, options, self.run, self.tokenizer)
+        self.steps_per_epoch = self.stream.micro_batches_per_epoch // options.gradient_accumulation_steps
+        self.row_counts = RowCounts(self.run.sum)  # of this epoch
+
+        # Model, optimiser, moving average
+        self.latent_shape = (self.tokenizer.latent_sequence_length, self.tokenizer.config.latent_channels)
+        self.transformer = make_transformer(
+            recipe,
+            self.latent_shape,
+            self.stream.source.num_classes,
+            options.seed,
+            options.pretrained_model_name_or_path,
         )
+        # Only of what was given: the last bits of what is drawn may differ from processor to processor.
+        self.given_digest = options.pretrained_model_name_or_path and model_digest(self.transformer)
+        objective = make_flow_objective(recipe, self.transformer, self.tokenizer.config.patch_size, options.seed)
+        self.alignment = objective.alignment
+        if options.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if options.torch_compile:
+            self.transformer.compile_repeated_blocks()
+        configure_deepspeed(self.accelerator, self.stream.batch_size, recipe.max_grad_norm)
+        self.model, self.optimizer = self.accelerator.prepare(objective, recipe.make_optimizer(objective))
+        objective.move_frozen(self.device)
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.ema = create_ema(self.transformer, recipe.ema_decay)
 
-
-def encode(tokenizer: AutoencoderMAE, images: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """Normalised latents of uint8 images, in float32."""
-    with accelerator.autocast():
-        latents = encode_latents(tokenizer, to_pixel_values(images, accelerator.device))
-    return normalize_latents(latents.float(), tokenizer.config)
-
-
-def cache_latents(
-    folder: Path,
-    source: ImageSource,
-    tokenizer: AutoencoderMAE,
-    recipe: SiTRecipe,
-    options: SiTRunOptions,
-    batch_size: int,
-    identity: dict,
-    accelerator: Accelerator,
-) -> LatentCache:
-    """Encode every image once, each process its share, unless an earlier run with the same settings has done so."""
-    if not LatentCache.is_complete(folder, identity):
-        accelerator.print(f"Encoding {source.num_rows} images once")
-        if accelerator.is_main_process:
-            shape = (tokenizer.latent_sequence_length, tokenizer.config.latent_channels)
-            LatentCache.allocate(folder, source.num_rows, 2 if recipe.random_flip else 1, shape)
-        accelerator.wait_for_everyone()
-        images = HeldOutImages(
-            source,
-            resolution=recipe.resolution,
-            batch_size=batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+    def begin(self) -> int:
+        """Continue from the newest checkpoint, or begin; the number of steps done."""
+        source = self.stream.source
+        first_step = self.run.begin(
+            {
+                "data": source.identity if isinstance(source, LatentSource) else data_identity(source),
+                "tokenizer": model_digest(self.tokenizer),
+                "given_transformer": self.given_digest,
+                "micro_batch_size": self.stream.batch_size,
+                "num_streams": self.stream.num_streams,
+            },
+            models={"transformer": self.transformer},
+            ema={"transformer": self.ema},
+            modules={} if self.alignment is None else {"alignment": self.alignment},
+            optimizers=[self.optimizer],
         )
-        loader = images.dataloader(options.dataloader_num_workers)
-        LatentCache.fill(folder, loader, lambda pixels: encode(tokenizer, pixels, accelerator))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            LatentCache.complete(folder, identity)
-        accelerator.wait_for_everyone()
-    return LatentCache(folder)
+        if self.accelerator.is_main_process and "row_counts" in self.run.extra:
+            self.row_counts.add(self.run.extra["row_counts"])  # those of all processes
+        self.accelerator.print(
+            f"{self.transformer.num_parameters() / 1e6:.1f} M parameters, {source.num_rows} images of "
+            f"{self.transformer.config.num_classes} classes, {self.steps_per_epoch} steps per epoch "
+            f"({self.stream.num_dropped} images left out), {self.accelerator.num_processes} processes of "
+            f"{torch.get_num_threads()} threads, beginning at step {first_step}"
+        )
+        return first_step
 
+    def train(self) -> None:
+        """Run to the end of the recipe, from wherever an earlier run stopped."""
+        recipe, options, run = self.recipe, self.options, self.run
+        first_step = self.begin()
+        self.stream.set_start(first_step * options.gradient_accumulation_steps)
+        micro_batches = iter(self.stream.dataloader(pin_memory=self.device.type == "cuda"))
+        self.model.train()
+        if first_step > 0:
+            self.examine(first_step, saved=False)  # what the run was stopped before
+        for step in range(first_step, recipe.max_train_steps):
+            learning_rate = recipe.learning_rate_at(step)
+            set_learning_rate(self.optimizer, learning_rate)
+            for part in range(options.gradient_accumulation_steps):
+                batch = next(micro_batches)
+                if "counts" in batch:
+                    self.row_counts.add(batch["counts"])
+                micro_batch = part * self.accelerator.num_processes + self.accelerator.process_index
+                seed_global_generator(keyed_seed(options.seed, "dropout", step, micro_batch), self.device)
+                with self.accelerator.accumulate(self.model):
+                    self.micro_step(step, batch)
+            done = step + 1
+            save = run.end_step(step, {"learning_rate": learning_rate})
+            if done % self.steps_per_epoch == 0:
+                epoch = done // self.steps_per_epoch
+                self.accelerator.print(f"Epoch {epoch} is over: {self.row_counts.report()}")
+            if save:
+                run.save(step, {"row_counts": self.row_counts.total()})
+            if not run.stopping:
+                self.examine(done, save)
+            run.leave_if_asked(step)
+        run.end()
+        self.finish()
 
-def encoded_batches(loader, tokenizer: AutoencoderMAE, accelerator: Accelerator) -> Iterator[dict]:
-    """Micro-batches of images to micro-batches of latents."""
-    for batch in loader:
-        yield batch | {"latents": encode(tokenizer, batch["images"], accelerator)}
+    def micro_step(self, step: int, batch: dict) -> None:
+        """Forward and backward passes of a micro-batch, and the optimiser's step if it is the last of the step."""
+        inputs = self.make_inputs(step, batch)
+        with self.accelerator.autocast():
+            terms = self.model(**inputs)
+        self.run.backward(terms["loss"])
+        self.run.monitor.add({name: term for name, term in terms.items() if name != "loss_per_image"})
+        if not self.accelerator.sync_gradients:
+            return
+        if self.accelerator.distributed_type == "DEEPSPEED":  # has clipped them, and knows the norm
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
+        else:
+            self.accelerator.unscale_gradients(self.optimizer)
+            norm = clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
+        self.run.admit({"gradient_norm": norm})
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def make_inputs(self, step: int, batch: dict) -> dict[str, torch.Tensor]:
+        """A micro-batch and its draws as the objective takes them, on the device."""
+        config = self.transformer.config
+        if batch["class_labels"].max() >= config.num_classes:  # the first of these is the null class
+            raise ValueError(
+                f"The data set has the label {batch['class_labels'].max().item()}, but the model has "
+                f"{config.num_classes} classes: labels go from 0 to num_classes - 1."
+            )
+        draws = sample_flow_draws(
+            self.options.seed,
+            step,
+            batch["indices"],
+            self.latent_shape,
+            self.recipe.time_density,
+            config.class_dropout_prob,
+            guidance_free=self.recipe.guidance_free,
+        )
+        inputs = {name: draw for name, draw in draws._asdict().items() if draw is not None}
+        inputs["class_labels"] = batch["class_labels"]
+        if "images" in batch:
+            pixel_values = to_pixel_values(batch["images"], self.device)
+            with self.accelerator.autocast():
+                latents = encode_latents(self.tokenizer, pixel_values)
+            inputs["latents"] = normalize_latents(latents.float(), self.tokenizer.config)
+            if self.recipe.needs_images:
+                inputs["pixel_values"] = pixel_values
+        else:
+            inputs["latents"] = batch["latents"]
+        return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
+
+    def examine(self, done: int, saved: bool) -> None:
+        """What is due after a step and may take long: samples and an upload."""
+        every = self.options.validation_steps
+        validated = every and done % every == 0 and done < self.recipe.max_train_steps
+        if not validated and not (saved and self.options.push_to_hub):
+            return
+        average = whole_copy(self.transformer, self.ema, self.device)
+        if validated:
+            self.validate(average, done)
+        if saved:
+            self.run.publish(lambda: self.with_card(average, done), done)
+
+    def make_pipeline(self, transformer: torch.nn.Module) -> MAETokDiffusionPipeline:
+        """The pipeline of a trained transformer, with the paper's sampler."""
+        scheduler = FlowMatchEulerMaruyamaScheduler(path=transformer.config.path)
+        return MAETokDiffusionPipeline(self.tokenizer, transformer, scheduler, id2label=self.stream.source.id2label)
+
+    @torch.no_grad()
+    def validate(self, transformer: torch.nn.Module, step: int) -> None:
+        """A picture of samples, whose classes and noise are the same at every step and on any number of processes."""
+        pipeline = self.make_pipeline(transformer)
+        pipeline.set_progress_bar_config(disable=True)
+        count, num_classes = self.options.num_validation_images, transformer.config.num_classes
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        # Every process has as many, so that they can be gathered: the last one may come twice.
+        mine = [min(index, count - 1) for index in range(rank, -(-count // world) * world, world)]
+        spread = [index * num_classes // count if count < num_classes else index % num_classes for index in mine]
+        with self.accelerator.autocast():
+            samples = pipeline(
+                class_labels=spread,
+                generator=[keyed_generator(self.options.seed, "validation", index) for index in mine],
+                output_type="pt",
+                **self.recipe.sampling_arguments,
+            ).images
+        gathered = self.accelerator.gather(samples.float()).unflatten(0, (world, len(mine)))
+        if self.accelerator.is_main_process:
+            picture = image_grid(gathered.transpose(0, 1).flatten(0, 1)[:count] * 2 - 1)
+            write_png(self.run.output_dir / "validation" / f"step-{step}.png", picture)
+            self.run.trackers.log_image("validation/samples", picture, step)
+
+    def with_card(self, transformer: torch.nn.Module, step: int) -> dict[str, Path]:
+        """The files of a pipeline, its card and the newest picture, by their names in a Hub repository."""
+        folder = self.run.output_dir / ".upload.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        self.make_pipeline(transformer).save_pretrained(folder)
+        return {".": folder} | self.write_card(transformer, step)
+
+    def write_card(self, transformer: torch.nn.Module, step: int) -> dict[str, Path]:
+        """The card and the newest picture, by their names in a Hub repository."""
+        files = {}
+        pictures = sorted(self.run.output_dir.glob("validation/step-*.png"), key=lambda path: path.stat().st_mtime)
+        if pictures:
+            files["samples.png"] = pictures[-1]
+        files["README.md"] = write_model_card(
+            self.run.output_dir,
+            MODEL_CARD,
+            repo_id=self.run.repo_id,
+            recipe=dataclasses.asdict(self.recipe),
+            step=step,
+            model_config=dict(transformer.config) | {"_class_name": type(transformer).__name__},
+            dataset_name=self.options.dataset_name or self.options.latents_name_or_path,
+            train_split=self.options.train_split,
+            base_model=self.options.tokenizer_name_or_path,
+            picture="samples.png" if pictures else None,
+        )
+        return files
+
+    def finish(self) -> None:
+        """Export a pipeline with the averaged weights, and show what it generates."""
+        steps, output_dir = self.recipe.max_train_steps, self.run.output_dir
+        transformer = whole_copy(self.transformer, self.ema, self.device)
+        if self.accelerator.is_main_process:
+            export(output_dir, self.make_pipeline(transformer).save_pretrained)
+        self.validate(transformer, steps)
+        if self.accelerator.is_main_process:
+            report: dict[str, Any] = self.run.report() | {
+                "num_parameters": transformer.num_parameters(),
+                "given_tokenizer": model_digest(self.tokenizer),
+                "given_transformer": self.given_digest,
+            }
+            write_json(output_dir / "train_report.json", report)
+            self.write_card(transformer, steps)  # also for an upload by hand
+        self.run.publish(lambda: self.with_card(transformer, steps), steps)
+        self.accelerator.print(f"Saved to {output_dir}")
+        self.run.close()
 
 
 def main():
@@ -145,174 +371,7 @@ def main():
         allow_abbrev=False,
     )
     recipe, options = parse_arguments(parser, SiTRecipe, SiTRunOptions, Path(__file__).parent / "recipes")
-
-    # 1. Processes and the output folder
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
-    )
-    logging.basicConfig(format="%(message)s", level=logging.INFO if accelerator.is_main_process else logging.WARNING)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    configure_sharding(accelerator, supports_deepspeed=True)
-    output_dir = Path(options.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(output_dir) if accelerator.is_main_process else None
-
-    # 2. Frozen tokenizer and data, whose order depends on the seed, not on processes, workers or restarts
-    tokenizer = load_tokenizer(options, recipe).to(accelerator.device)
-    source = open_images(
-        options.dataset_name,
-        split=options.train_split,
-        name=options.dataset_config_name,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        cache_dir=options.cache_dir,
-    )
-    micro_batch_size = options.micro_batch_size(recipe.total_batch_size, accelerator.num_processes)
-    configure_deepspeed(accelerator, micro_batch_size, recipe.max_grad_norm)
-    latent_identity = {
-        "data": data_identity(source),
-        "tokenizer": model_digest(tokenizer),
-        "resolution": recipe.resolution,
-        "random_flip": recipe.random_flip,
-        "mixed_precision": accelerator.mixed_precision,
-    }
-    order = {
-        "batch_size": micro_batch_size,
-        "seed": options.seed,
-        "rank": accelerator.process_index,
-        "world_size": accelerator.num_processes,
-        "gradient_accumulation_steps": options.gradient_accumulation_steps,
-    }
-
-    # 3. Model, optimiser, moving average
-    transformer = make_transformer(recipe, source, tokenizer, options.seed)
-    if options.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    objective = FlowMatchingObjective(transformer, recipe.time_density, recipe.time_shift)
-    model, optimizer = accelerator.prepare(objective, recipe.make_optimizer(objective))
-    ema = create_ema(transformer, recipe.ema_decay)
-
-    # 4. Continue where an earlier run with the same settings stopped
-    identity = latent_identity | {
-        "recipe": dataclasses.asdict(recipe),
-        "seed": options.seed,
-        "micro_batch_size": micro_batch_size,
-        "cache_latents": options.cache_latents,
-    }
-    if not options.cache_latents:
-        stream = StreamingImages(
-            source,
-            resolution=recipe.resolution,
-            random_flip=recipe.random_flip,
-            num_workers=options.dataloader_num_workers,
-            num_streams=options.num_streams,
-            require_labels=True,
-            **order,
-        )
-        identity["num_streams"] = stream.num_streams
-    checkpointer = Checkpointer(
-        accelerator,
-        output_dir,
-        identity,
-        models={"transformer": transformer},
-        ema={"transformer": ema},
-        total_limit=options.checkpoints_total_limit,
-    )
-    first_step, seconds, _ = checkpointer.load(options.resume_from_checkpoint)
-    if first_step < recipe.max_train_steps:
-        checkpointer.check_disk_space()
-    start_micro_batch = first_step * options.gradient_accumulation_steps
-    if options.cache_latents:
-        cache = cache_latents(
-            output_dir / "latents", source, tokenizer, recipe, options, micro_batch_size, latent_identity, accelerator
-        )
-        batches = cache.micro_batches(start_micro_batch=start_micro_batch, **order)
-    else:
-        stream.set_start(start_micro_batch)
-        loader = stream.dataloader(pin_memory=accelerator.device.type == "cuda")
-        batches = encoded_batches(loader, tokenizer, accelerator)
-    accelerator.print(
-        f"{transformer.num_parameters() / 1e6:.1f} M parameters, {source.num_rows} images of "
-        f"{transformer.config.num_classes} classes, {accelerator.num_processes} processes of "
-        f"{torch.get_num_threads()} threads, beginning at step {first_step}"
-    )
-
-    # 5. Training
-    stop = StopRequest()
-    monitor = TrainingMonitor(
-        output_dir,
-        "transformer",
-        recipe.max_train_steps,
-        first_step,
-        reduce=lambda values: accelerator.reduce(values, reduction="mean"),
-        enabled=accelerator.is_main_process,
-    )
-    latent_shape = (transformer.config.sample_size, transformer.config.in_channels)
-    class_dropout_prob = transformer.config.class_dropout_prob
-    start = time.monotonic() - seconds
-    model.train()
-    for step in range(first_step, recipe.max_train_steps):
-        learning_rate = recipe.learning_rate_at(step)
-        set_learning_rate(optimizer, learning_rate)
-        for _ in range(options.gradient_accumulation_steps):
-            batch = next(batches)
-            check_class_labels(batch["class_labels"], transformer.config.num_classes)
-            draws = sample_flow_draws(
-                options.seed, step, batch["indices"], latent_shape, recipe.time_density, class_dropout_prob
-            )
-            inputs = (batch["latents"], batch["class_labels"], draws.draw, draws.noise, draws.class_drop_mask)
-            with accelerator.accumulate(model):
-                with accelerator.autocast():
-                    loss = model(*(value.to(accelerator.device, non_blocking=True) for value in inputs))["loss"]
-                accelerator.backward(loss)
-                monitor.add({"loss": loss})
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(objective.parameters(), recipe.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        if not optimizer.step_was_skipped:  # fp16 skips a step whose gradient overflowed
-            monitor.add({"gradient_norm": full_tensor(torch.as_tensor(norm, device=accelerator.device))})
-        ema.step(transformer.parameters())
-        monitor.advance()
-
-        done = step + 1
-        signal_number = stop.agreed()
-        save = bool(signal_number) or done % options.checkpointing_steps == 0 or done == recipe.max_train_steps
-        if save or done % options.logging_steps == 0:
-            seconds = time.monotonic() - start
-            monitor.report(done, {"learning_rate": learning_rate, "seconds": seconds})
-        if save:
-            checkpointer.save(done, seconds)
-        if signal_number:
-            accelerator.print(f"Stopped by signal {signal_number} after step {done}: the same command continues.")
-            accelerator.end_training()
-            raise SystemExit(128 + signal_number)
-
-    # 6. Result: a pipeline with the averaged weights
-    stop.release()
-    monitor.close()
-    transformer = whole_copy(transformer, ema, keep=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        scheduler = FlowMatchEulerMaruyamaScheduler(path=transformer.config.path)
-        pipeline = MAETokDiffusionPipeline(tokenizer, transformer, scheduler, id2label=source.id2label)
-        export(output_dir, pipeline.save_pretrained)
-        report = {
-            "recipe": dataclasses.asdict(recipe),
-            "options": dataclasses.asdict(options),
-            "num_processes": accelerator.num_processes,
-            "num_threads": torch.get_num_threads(),
-            "device": str(accelerator.device),
-            "mixed_precision": accelerator.mixed_precision,
-            "num_parameters": transformer.num_parameters(),
-            "training_seconds": seconds,
-            "images_per_second": recipe.max_train_steps * recipe.total_batch_size / seconds,
-            "given_tokenizer": latent_identity["tokenizer"],
-            "final": monitor.last_entry(),
-        }
-        write_json(output_dir / "train_report.json", report)
-        lock.release()
-    accelerator.print(f"Saved to {output_dir}")
-    accelerator.end_training()
+    GeneratorTraining(recipe, options).train()
 
 
 if __name__ == "__main__":

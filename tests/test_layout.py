@@ -21,6 +21,7 @@ INNER = {
     "analysis": {"models", "seeding"},
     "data": {"seeding"},
     "training": {"models", "schedulers", "seeding"},
+    "sampling": {"models", "pipelines", "schedulers", "seeding", "training"},
     "_register": {"models", "pipelines"},
     "__init__": {"_register", "conversion", "models", "pipelines", "schedulers"},
 }
@@ -33,6 +34,7 @@ OUTER = {
     "conversion": {"diffusers", "huggingface_hub", "safetensors", "torch"},
     "analysis": {"torch"},
     "data": {"PIL", "datasets", "fsspec", "mlxtend", "numpy", "pyarrow", "torch"},
+    "sampling": {"PIL", "diffusers", "numpy", "torch"},
     "training": {
         "PIL",
         "diffusers",

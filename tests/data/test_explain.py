@@ -32,7 +32,7 @@ GATED = type("GatedRepoError", (OSError,), {})("403 Client Error. Access to data
         (DISK_FULL, "No space left.*disk is full: free some space.*HF_HOME"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota exceeded.*free some space"),
         (chained(ConnectionError("could not save"), DISK_FULL), "free some space"),
-        (GATED, "is gated: accept its terms at .*datasets/someone/images .*`hf auth login`.*`token`"),
+        (GATED, "is gated: accept its terms at .*datasets/someone/images .*`hf auth login`.*HF_TOKEN"),
         (FileNotFoundError("'someone/images' is a gated dataset on the Hub."), "is gated: accept its terms"),
         (
             ConnectionError("Couldn't reach 'someone/images' on the Hub"),

@@ -280,7 +280,7 @@ def test_a_missing_folder_or_data_set_says_what_to_do(tmp_path, monkeypatch):
         raise DatasetNotFoundError("Dataset 'someone/images' is a gated dataset on the Hub.")
 
     monkeypatch.setattr("datasets.load_dataset_builder", gated)
-    with pytest.raises(OSError, match=r"(?s)gated.*huggingface.co/datasets/someone/images.*hf auth login.*`token`"):
+    with pytest.raises(OSError, match=r"(?s)gated.*huggingface.co/datasets/someone/images.*hf auth login.*HF_TOKEN"):
         open_images("someone/images")
 
 

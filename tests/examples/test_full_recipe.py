@@ -17,7 +17,6 @@ from maetok_hf import AutoencoderMAE
 from maetok_hf.training.checkpointing import complete_checkpoints
 from maetok_hf.training.run_options import TokenizerRunOptions
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
-from tests.hub import serve_hub
 
 
 FEATURES = {"hog", "dinov2", "siglip", "text"}
@@ -137,7 +136,7 @@ def spoil_steps(steps):
     return prepare
 
 
-def test_steps_that_are_not_finite_are_skipped_counted_and_leave_no_trace(run_here, full_flags, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_and_counted(run_here, full_flags, tmp_path):
     run_here("train_maetok", *full_flags, "--output_dir", tmp_path / "run", prepare=spoil_steps({0, 4}))
     log = entries(tmp_path / "run")
     assert [entry["skipped_steps"] for entry in log] == [1, 0, 0, 0, 1, 0, 0, 0]
@@ -160,15 +159,6 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_state(ru
     assert all(torch.equal(one[name], other[name]) for name in one)
     run_here("train_maetok", *flags)  # whatever broke it is gone
     assert entries(tmp_path / "run")[-1]["step"] == 8
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    with serve_hub() as loopback:
-        for name, value in loopback.environment().items():
-            monkeypatch.setenv(name, value)
-        yield loopback
 
 
 def test_a_run_is_published_with_its_card_and_picture(run_here, full_flags, tmp_path, hub):
@@ -363,29 +353,37 @@ def test_a_run_that_fails_ends_with_its_data_workers(launch, recipes, base_flags
     assert "DataLoader worker" not in failed.stdout
 
 
-def test_stopped_run_leaves_statistics_for_when_it_continues(run_here, full_flags, tmp_path):
-    """Whoever sends the signal waits for the checkpoint only."""
+def test_what_a_run_was_killed_before_is_made_up_for(run_here, full_flags, tmp_path):
+    """The checkpoint comes first; statistics of its latents, measurements and pictures of its step come after it."""
     command = ["train_maetok", *full_flags, "--max_train_steps", "6", "--output_dir", tmp_path / "run"]
+    command += ["--validation_split", "test", "--validation_steps", "2"]
 
-    def send_signal(module):
-        inner = module.TokenizerTraining.micro_step
+    def fail(module):
+        def measure_latents(self, done):
+            raise RuntimeError("a fault for this test")
 
-        def micro_step(self, number, *arguments):
-            if number == 4:
-                os.kill(os.getpid(), signal.SIGTERM)
-            inner(self, number, *arguments)
-
-        module.TokenizerTraining.micro_step = micro_step
-        module.TokenizerTraining.latent_statistics = lambda *arguments: pytest.fail("statistics after a signal")
+        module.TokenizerTraining.measure_latents = measure_latents
 
     def statistics_of(step):
         return AutoencoderMAE.load_config(tmp_path / "run" / f"checkpoint-{step}" / "tokenizer_ema")["latents_std"]
 
-    with pytest.raises(SystemExit):
-        run_here(*command, "--checkpointing_steps", "6", prepare=send_signal)
-    assert statistics_of(5) is None
-    run_here(*command)
-    assert statistics_of(5) is not None and statistics_of(6) is not None
+    with pytest.raises(RuntimeError, match="a fault for this test"):
+        run_here(*command, prepare=fail)
+    assert statistics_of(2) is None and not (tmp_path / "run" / "validation").exists()
+    run_here(*command, "--checkpoints_total_limit", "5")
+    assert all(statistics_of(step) is not None for step in (2, 4, 6))
+    pictures = sorted(path.name for path in (tmp_path / "run" / "validation").iterdir())
+    assert pictures == ["step-2.png", "step-4.png", "step-6.png"]
+
+
+def test_a_run_continues_from_a_checkpoint_of_another_folder(run_here, full_flags, tmp_path, assert_same_result):
+    flags = [*full_flags, "--max_train_steps", "6", "--checkpoints_total_limit", "5"]
+    run_here("train_maetok", *flags, "--output_dir", tmp_path / "one")
+    given = ["--resume_from_checkpoint", tmp_path / "one" / "checkpoint-4"]
+    run_here("train_maetok", *flags, *given, "--output_dir", tmp_path / "other")
+    assert weights_of(tmp_path / "one").keys() == weights_of(tmp_path / "other").keys()
+    for name, value in weights_of(tmp_path / "one").items():
+        assert torch.equal(value, weights_of(tmp_path / "other")[name])
 
 
 def test_held_out_images_that_cannot_be_used_do_not_end_the_run(run_here, recipes, data_folder, tmp_path, caplog):

@@ -7,14 +7,16 @@ import signal
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline, SiTTransformer1DModel
 from maetok_hf.training.checkpointing import complete_checkpoints
+from tests.examples.conftest import load_script
 
 
-MODES = {"cached": ["--cache_latents"], "online": []}
+MODES = ("cached", "online")
 
 
 def entries(folder):
@@ -43,16 +45,44 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def latents_folder(tokenizer_folder, data_folder, tmp_path_factory):
+    """The latents of both views of the images."""
+    folder = tmp_path_factory.mktemp("latents")
+    cache_latents(folder / "latents", tokenizer_folder, data_folder)
+    return folder / "latents"
+
+
+def cache_latents(folder, tokenizer, data, *more):
+    flags = ["--tokenizer_name_or_path", tokenizer, "--dataset_name", data, "--resolution", "16", *more]
+    flags += ["--output_dir", folder, "--cache_dir", folder.parent / "cache"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(sys, "argv", ["cache_latents", *map(str, flags)])
+        load_script("cache_latents").main()
+
+
 @pytest.fixture
-def flags(recipes, base_flags, tokenizer_folder):
-    tokenizer = ["--tokenizer_name_or_path", tokenizer_folder]
-    return ["--recipe", recipes["sit"], *base_flags, *tokenizer, "--checkpointing_steps", "2"]
+def flags_of(recipes, base_flags, tokenizer_folder, latents_folder):
+    """Flags of a run on cached latents or on images: `flags_of(mode)`."""
+
+    def flags(mode):
+        data = base_flags if mode == "online" else ["--latents_name_or_path", latents_folder, "--logging_steps", "1"]
+        tokenizer = ["--tokenizer_name_or_path", tokenizer_folder]
+        return ["--recipe", recipes["sit"], *data, *tokenizer, "--checkpointing_steps", "2"]
+
+    return flags
+
+
+@pytest.fixture
+def flags(flags_of):
+    return flags_of("online")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_result_is_a_loadable_pipeline_with_averaged_weights(run_here, flags, tokenizer_folder, tmp_path, mode):
+def test_result_is_a_loadable_pipeline_with_averaged_weights(run_here, flags_of, tokenizer_folder, tmp_path, mode):
     folder = tmp_path / "out"
-    run_here("train_sit", *flags, *MODES[mode], "--output_dir", folder)
+    run_here("train_sit", *flags_of(mode), "--output_dir", folder, "--validation_steps", "4")
     pipeline = MAETokDiffusionPipeline.from_pretrained(folder)
     assert pipeline.config.id2label == {0: "one", 1: "two", 2: "three"}
     assert pipeline.transformer.config.num_classes == 3
@@ -69,43 +99,62 @@ def test_result_is_a_loadable_pipeline_with_averaged_weights(run_here, flags, to
     assert images.shape == (1, 16, 16, 3)
     assert np.isfinite(images).all()
 
+    pictures = [np.asarray(PIL.Image.open(folder / "validation" / f"step-{step}.png")) for step in (4, 8)]
+    assert pictures[0].shape == pictures[1].shape == (2 * 16 + 2, 8 * 16 + 7 * 2, 3)
+    assert (pictures[0] != pictures[1]).any()
+
     log = entries(folder)
     assert [entry["step"] for entry in log] == list(range(1, 9))
-    assert {"loss", "gradient_norm", "learning_rate", "seconds"} <= log[0].keys()
+    assert {"loss", "velocity", "gradient_norm", "learning_rate", "seconds"} <= log[0].keys()
     report = json.loads((folder / "train_report.json").read_text())
     assert report["final"] == log[-1]
     assert report["num_threads"] == torch.get_num_threads()
 
 
-def test_cached_latents_are_the_normalised_ones_of_both_views(run_here, flags, tokenizer_folder, tmp_path):
-    from maetok_hf.data import HeldOutImages, open_images, to_pixel_values
+def test_cached_latents_are_those_of_their_images(run_here, flags_of, tmp_path):
+    latents = {mode: {} for mode in MODES}
 
-    run_here("train_sit", *flags, "--cache_latents", "--output_dir", tmp_path / "out", "--max_train_steps", "1")
-    cached = np.load(tmp_path / "out" / "latents" / "latents.npy")
-    labels = np.load(tmp_path / "out" / "latents" / "labels.npy")
-    tokenizer = AutoencoderMAE.from_pretrained(tokenizer_folder)
-    source = open_images(flags[flags.index("--dataset_name") + 1], split="train", cache_dir=tmp_path / "cache")
-    images = HeldOutImages(source, resolution=16, batch_size=8).stacked()
+    def note(found):
+        def prepare(module):
+            inner = module.GeneratorTraining.make_inputs
+
+            def make_inputs(self, step, batch):
+                inputs = inner(self, step, batch)
+                found.update(zip(batch["indices"].tolist(), inputs["latents"], strict=True))
+                return inputs
+
+            module.GeneratorTraining.make_inputs = make_inputs
+
+        return prepare
+
+    for mode, found in latents.items():
+        flags = [*flags_of(mode), "--random_flip", "false", "--max_train_steps", "5", "--output_dir", tmp_path / mode]
+        run_here("train_sit", *flags, prepare=note(found))
+    both = latents["cached"].keys() & latents["online"].keys()
+    assert len(both) >= 38
+    for index in both:
+        torch.testing.assert_close(latents["cached"][index], latents["online"][index], rtol=2e-3, atol=2e-3)
+
+
+def test_latents_must_be_those_of_the_tokenizer(run_here, flags_of, tokenizer_folder, tmp_path):
+    other = AutoencoderMAE.from_pretrained(tokenizer_folder)
     with torch.no_grad():
-        pixel_values = to_pixel_values(images["images"])
-        for view, pixels in enumerate((pixel_values, pixel_values.flip(-1))):
-            expected = (tokenizer.encode(pixels).latent - 0.1) / 0.4
-            actual = torch.from_numpy(cached[view][images["indices"].numpy()])
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    assert (labels[images["indices"].numpy()] == images["class_labels"].numpy()).all()
-    assert labels[7] == -1  # the corrupt row
+        other.encoder.proj_out.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="latents"):
+        run_here(
+            "train_sit",
+            *flags_of("cached"),
+            "--tokenizer_name_or_path",
+            tmp_path / "other",
+            "--output_dir",
+            tmp_path / "a",
+        )
+    with pytest.raises(ValueError, match="`resolution` is 32, but the latents in .* are of images of 16 pixels"):
+        run_here("train_sit", *flags_of("cached"), "--resolution", "32", "--output_dir", tmp_path / "b")
 
 
-def test_cached_latents_are_made_once(run_here, flags, tmp_path, capsys):
-    flags = [*flags, "--cache_latents", "--output_dir", tmp_path / "out"]
-    run_here("train_sit", *flags)
-    assert "Encoding 41 images once" in capsys.readouterr().out
-    run_here("train_sit", *flags)
-    assert "Encoding" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_labels_must_exist_and_fit_the_number_of_classes(run_here, flags, tmp_path, mode):
+def test_labels_must_exist_and_fit_the_number_of_classes(run_here, flags, tmp_path):
     from datasets import Image, load_dataset
 
     rows = load_dataset(str(flags[flags.index("--dataset_name") + 1]), split="train", cache_dir=str(tmp_path / "hf"))
@@ -116,7 +165,7 @@ def test_labels_must_exist_and_fit_the_number_of_classes(run_here, flags, tmp_pa
         table.to_parquet(tmp_path / name / "train.parquet")
 
     def run(name, *more):
-        command = [*flags, *MODES[mode], "--dataset_name", tmp_path / name, "--output_dir", tmp_path / f"{name}-out"]
+        command = [*flags, "--dataset_name", tmp_path / name, "--output_dir", tmp_path / f"{name}-out"]
         run_here("train_sit", *command, *more)
 
     with pytest.raises(ValueError, match="has no label column: name it with `label_column`"):
@@ -124,14 +173,16 @@ def test_labels_must_exist_and_fit_the_number_of_classes(run_here, flags, tmp_pa
     numbers = ["--label_column", "index", "--max_train_steps", "4"]
     with pytest.raises(ValueError, match="does not say how many classes"):
         run("numbers", *numbers)
-    with pytest.raises(ValueError, match="has the label 2, but `model` sets num_classes=2"):
+    with pytest.raises(ValueError, match="has the label 2, but the model has 2 classes"):
         run("numbers", *numbers, "--model", "num_classes=2")
     run("numbers", *numbers, "--model", "num_classes=3")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_signal_saves_a_checkpoint_and_the_same_command_continues(run_here, flags, tmp_path, assert_same_result, mode):
-    flags = [*flags, *MODES[mode], "--gradient_accumulation_steps", "2"]
+def test_signal_saves_a_checkpoint_and_the_same_command_continues(
+    run_here, flags_of, tmp_path, assert_same_result, mode
+):
+    flags = [*flags_of(mode), "--gradient_accumulation_steps", "2"]
     run_here("train_sit", *flags, "--output_dir", tmp_path / "whole")
 
     def send_signal_in_step(module):
@@ -155,10 +206,64 @@ def test_signal_saves_a_checkpoint_and_the_same_command_continues(run_here, flag
     assert_same_result(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_fine_tuning_without_guidance_begins_with_the_outputs_of_the_trained_model(run_here, flags_of, tmp_path):
+    flags = [*flags_of("cached"), "--max_train_steps", "2"]
+    run_here("train_sit", *flags, "--output_dir", tmp_path / "first")
+    tuning = [*flags, "--finetuning", "true", "--guidance_free", "true", "--learning_rate", "1.0e-12"]
+    given = ["--pretrained_model_name_or_path", tmp_path / "first"]
+    with pytest.raises(ValueError, match="names the pipeline that fine-tuning starts from"):
+        run_here("train_sit", *tuning, "--output_dir", tmp_path / "second")
+    run_here("train_sit", *tuning, *given, "--output_dir", tmp_path / "second")
+    pipelines = [MAETokDiffusionPipeline.from_pretrained(tmp_path / name) for name in ("first", "second")]
+    assert pipelines[1].transformer.config.temperature_embedding
+    latents = [
+        pipeline(
+            [0, 1, 2], guidance_scale=1.0, num_inference_steps=3, output_type="latent", generator=torch.manual_seed(0)
+        ).images
+        for pipeline in pipelines
+    ]
+    torch.testing.assert_close(*latents, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_that_are_not_finite_are_skipped(run_here, flags, tmp_path):
+    def spoil(module):
+        inner = module.GeneratorTraining.make_inputs
+
+        def make_inputs(self, step, batch):
+            inputs = inner(self, step, batch)
+            return inputs | {"latents": inputs["latents"] * torch.nan} if step == 3 else inputs
+
+        module.GeneratorTraining.make_inputs = make_inputs
+
+    run_here("train_sit", *flags, "--output_dir", tmp_path / "run", prepare=spoil)
+    assert [entry["skipped_steps"] for entry in entries(tmp_path / "run")] == [0, 0, 0, 1, 0, 0, 0, 0]
+    pipeline = MAETokDiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert all(value.isfinite().all() for value in pipeline.transformer.state_dict().values())
+
+
+def test_a_run_is_published_as_a_pipeline_with_its_card_and_picture(run_here, flags, tmp_path, hub):
+    publish = ["--push_to_hub", "--hub_model_id", "user/squares", "--validation_steps", "4"]
+    run_here("train_sit", *flags, *publish, "--output_dir", tmp_path / "run")
+    files = hub.repositories["user/squares"].files
+    for name, content in files.items():
+        path = tmp_path / "downloaded" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        if path.suffix in (".json", ".md"):
+            assert str(tmp_path) not in content.decode(), name
+    published = MAETokDiffusionPipeline.from_pretrained(tmp_path / "downloaded")
+    exported = MAETokDiffusionPipeline.from_pretrained(tmp_path / "run")
+    for name, value in exported.transformer.state_dict().items():
+        assert torch.equal(value, published.transformer.state_dict()[name])
+    assert "samples.png" in files
+    card = files["README.md"].decode()
+    assert 'MAETokDiffusionPipeline.from_pretrained("user/squares")' in card and "SiTTransformer1DModel" in card
+
+
 def test_class_dropout_is_drawn_by_the_trainer(run_here, flags, tmp_path):
     """With every label dropped only the null class's embedding is trained."""
     for name, probability in (("all", "1.0"), ("none", "0.0")):
-        more = ["--output_dir", tmp_path / name, "--model", f"class_dropout_prob={probability}", "--cache_latents"]
+        more = ["--output_dir", tmp_path / name, "--model", f"class_dropout_prob={probability}"]
         run_here("train_sit", *flags, *more)
         moments = torch.load(tmp_path / name / "checkpoint-8" / "optimizer.bin", weights_only=True)["state"]
         (table,) = [state["exp_avg"] for state in moments.values() if state["exp_avg"].shape == (4, 16)]
@@ -188,11 +293,11 @@ def test_wrong_input_ends_the_run_before_the_first_step(run_here, flags, tokeniz
     with pytest.raises(ValueError, match="`resolution` is 18, but must be a multiple of the tokenizer's patches of 4"):
         run_here(*command, "--resolution", "18")
     with pytest.raises(SystemExit):
-        run_here(*command, "--cache_latents", "--num_streams", "2")
+        run_here(*command, "--latents_name_or_path", tmp_path)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_every_flag_is_read(run_here, flags, tmp_path):
+def test_every_flag_is_read(run_here, flags_of, full_recipe, tmp_path, hub):
     from maetok_hf.training.run_options import SiTRunOptions
     from maetok_hf.training.sit_recipe import SiTRecipe
 
@@ -222,9 +327,19 @@ def test_every_flag_is_read(run_here, flags, tmp_path):
 
         module.parse_arguments = parse_arguments
 
-    short = ["--max_train_steps", "3", "--lr_scheduler", "cosine"]
-    for mode, more in MODES.items():
-        run_here("train_sit", *flags, *more, *short, "--output_dir", tmp_path / mode, prepare=prepare)
+    short = ["--max_train_steps", "3", "--lr_scheduler", "cosine", "--push_to_hub"]
+    for mode in MODES:
+        run_here("train_sit", *flags_of(mode), *short, "--output_dir", tmp_path / mode, prepare=prepare)
+    aligned = [
+        "--alignment_weight",
+        "0.5",
+        "--alignment_model",
+        full_recipe.parent / "dinov2",
+        "--alignment_layer",
+        "1",
+    ]
+    run_here("train_sit", *flags_of("online"), *short, *aligned, "--output_dir", tmp_path / "aligned", prepare=prepare)
+    assert "alignment" in entries(tmp_path / "aligned")[0]
     fields = {field.name for cls in classes.values() for field in dataclasses.fields(cls)}
     assert fields - reads == set()
 
@@ -232,10 +347,10 @@ def test_every_flag_is_read(run_here, flags, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "processes"), [("online", 1), ("cached", 2)])
 def test_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
-    launch, run_here, flags, tmp_path, assert_same_result, mode, processes
+    launch, run_here, flags_of, tmp_path, assert_same_result, mode, processes
 ):
     """Killed within a step, within a save, and between the last checkpoint and the export."""
-    flags = [*flags, *MODES[mode], "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
+    flags = [*flags_of(mode), "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "2"]
     if processes == 1:
         run_here("train_sit", *flags, "--output_dir", tmp_path / "whole")
     else:

@@ -14,13 +14,13 @@ def images():
 
 def draws_of(**columns):
     """One row of draws in the middle of every range, but for the named columns."""
-    names = ("brightness", "saturation", "contrast", "down", "right", "row", "column")
+    names = ("brightness", "saturation", "contrast", "down", "right", "row", "column", *EVERYTHING)
     return torch.tensor([[columns.get(name, 0.5) for name in names]])
 
 
 def test_draws_are_those_of_the_image_whatever_its_batch():
     draws = sample_diffaugment_draws(3, "fake", 7, [4, 5, 6])
-    assert draws.shape == (3, 7) and draws.dtype == torch.float32
+    assert draws.shape == (3, 10) and draws.dtype == torch.float32
     assert (draws >= 0).all() and (draws < 1).all()
     assert torch.equal(draws[1:2], sample_diffaugment_draws(3, "fake", 7, torch.tensor([5])))
     for other in (
@@ -77,6 +77,35 @@ def test_cutout_hides_half_of_each_side_around_any_center(images, row, column, r
     expected = images[:1].clone()
     expected[:, :, rows, columns] = 0
     assert torch.equal(diffaugment(images[:1], draws_of(row=row, column=column), ["cutout"]), expected)
+
+
+@pytest.mark.parametrize(("fraction", "rows", "columns"), [(0.25, slice(6, 10), slice(9, 15)), (0.0, [], [])])
+def test_cutout_hides_the_asked_fraction_of_each_side(images, fraction, rows, columns):
+    expected = images[:1].clone()
+    expected[:, :, rows, columns] = 0
+    assert torch.equal(diffaugment(images[:1], draws_of(), ["cutout"], cutout=fraction), expected)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_an_augmentation_happens_where_its_own_draw_is_below_the_probability(images, name):
+    draws = sample_diffaugment_draws(0, "fake", 0, range(3))
+    always = diffaugment(images, draws, [name])
+    draws[:, 7:] = 0.9
+    draws[:, 7 + EVERYTHING.index(name)] = torch.tensor([0.29, 0.3, 0.31])
+    sometimes = diffaugment(images, draws, EVERYTHING, probability=0.3)
+    assert torch.equal(sometimes[0], always[0]) and not torch.equal(always[0], images[0])
+    assert torch.equal(sometimes[1:], images[1:])
+
+
+def test_every_augmentation_happens_as_often_as_asked_and_independently():
+    images = torch.full((2000, 1, 4, 4), 0.5)
+    draws = sample_diffaugment_draws(0, "fake", 0, range(2000))
+    changed = [
+        (diffaugment(images, draws, [name], probability=0.5) != 0.5).any(-1).any(-1)[:, 0] for name in EVERYTHING
+    ]
+    color, _, cutout = changed
+    for share, expected in ((color, 0.5), (cutout, 0.5), (color & cutout, 0.25)):
+        assert share.float().mean() == pytest.approx(expected, abs=0.04)
 
 
 def test_every_image_is_augmented_by_its_own_draws(images):
@@ -148,7 +177,7 @@ def test_bad_policies_are_refused(policy, message):
 
 
 def test_bad_shapes_are_refused(images):
-    with pytest.raises(ValueError, match=r"`draws` must have shape \(3, 7\), got \(2, 7\)"):
-        diffaugment(images, torch.zeros(2, 7), EVERYTHING)
+    with pytest.raises(ValueError, match=r"`draws` must have shape \(3, 10\), got \(2, 10\)"):
+        diffaugment(images, torch.zeros(2, 10), EVERYTHING)
     with pytest.raises(ValueError, match="`images` must have shape"):
-        diffaugment(images[0], torch.zeros(3, 7), EVERYTHING)
+        diffaugment(images[0], torch.zeros(3, 10), EVERYTHING)

@@ -51,7 +51,7 @@ def rows(draws, part):
 def test_draws_are_those_of_the_image_and_of_their_name():
     draws = sample_adversarial_draws(0, "discriminator", 3, [5, 6])
     shapes = {name: tuple(value.shape) for name, value in draws.items()}
-    looks = dict.fromkeys(("real", "fake", "real_again", "fake_again"), (2, 7))
+    looks = dict.fromkeys(("real", "fake", "real_again", "fake_again"), (2, 10))
     assert shapes == looks | {"real_crop": (2, 2), "fake_crop": (2, 2)}
     alone = sample_adversarial_draws(0, "discriminator", 3, [6])
     assert all(torch.equal(draws[name][1:], alone[name]) for name in draws)
@@ -62,14 +62,18 @@ def test_draws_are_those_of_the_image_and_of_their_name():
 
 @pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
 def test_terms_are_those_of_the_logits_and_sum_up_by_weight(real, fake, draws, loss):
-    objective = objective_of(loss=loss, lecam_weight=0.5, consistency_weight=3.0).eval()
+    strength = (0.7, 0.4)
+    settings = dict(zip(("diffaugment_probability", "diffaugment_cutout"), strength, strict=True))
+    objective = objective_of(loss=loss, lecam_weight=0.5, consistency_weight=3.0, **settings).eval()
     objective.mean_logits.copy_(torch.tensor([0.4, -0.3]))
     objective.num_updates.fill_(1)
     terms = objective(real, fake, draws)
     assert list(terms) == ["loss", "discriminator", "lecam", "consistency", "logits_real", "logits_fake"]
 
     def logits(images, look):
-        return objective.discriminator(diffaugment(images, draws[look], objective.policy))
+        # the second look is the stronger one
+        seen = diffaugment(images, draws[look], objective.policy, *((1.0, 0.5) if "again" in look else strength))
+        return objective.discriminator(seen)
 
     r, f = logits(real, "real"), logits(fake, "fake")
     if loss == "hinge":
@@ -124,7 +128,7 @@ def test_steps_of_the_generator_raise_the_logits_of_its_images(fake, draws, loss
     assert objective.generator_loss(moved, draws) < before
 
     def logits(images):
-        return objective.discriminator.judge(diffaugment(images, draws["fake"], objective.policy)).mean()
+        return objective.discriminator.judge(diffaugment(images, draws["fake"], objective.policy, 0.5, 0.2)).mean()
 
     assert logits(moved) > logits(images)
 
@@ -150,6 +154,16 @@ def test_a_step_of_the_generator_leaves_the_discriminator_untouched(fake, draws)
     # nor does it count as a step's logits
     objective.end_step()
     assert unchanged(objective, before)
+
+
+def test_the_first_look_is_the_image_itself_where_nothing_happens_to_it(real, fake, draws):
+    seen = []
+    objective = objective_of(diffaugment_probability=0.0)
+    objective.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    objective(real, fake, draws)
+    objective.generator_loss(fake, draws)
+    assert torch.equal(seen[0][:8], torch.cat([real, fake])) and torch.equal(seen[1], fake)
+    assert not torch.isclose(seen[0][8:], torch.cat([real, fake])).flatten(1).all(1).any()
 
 
 def test_without_consistency_there_is_no_second_look(real, fake, draws):
@@ -341,6 +355,8 @@ def test_ddp_wraps_the_heads_and_the_generator_step_stays_outside(real, fake, dr
         ({"consistency_weight": math.nan}, "`consistency_weight` must be finite and not negative, got nan"),
         ({"lecam_decay": 1.0}, r"`lecam_decay` must be in \[0, 1\), got 1.0"),
         ({"diffaugment": ["blur"]}, "names 'blur': choose from"),
+        ({"diffaugment_probability": 1.5}, r"`diffaugment_probability` must be in \[0, 1\], got 1.5"),
+        ({"diffaugment_cutout": -0.1}, r"`diffaugment_cutout` must be in \[0, 1\], got -0.1"),
         (
             {"diffaugment": []},
             "`consistency_weight` compares two augmentations of an image but `diffaugment` is empty",

@@ -9,6 +9,7 @@ from maetok_hf.conversion import convert_transformer
 from maetok_hf.models.transformer_sit import SiTTransformer1DModel
 from maetok_hf.training.flow_matching import (
     FlowMatchingObjective,
+    direction_loss,
     flow_matching_loss,
     interpolate,
     sample_flow_draws,
@@ -132,16 +133,56 @@ def test_loss_pushes_the_output_towards_the_target():
     assert output.grad[0, 0, 0] < 0 < output.grad[0, 0, 1]
 
 
+def test_direction_is_of_the_channels_of_each_token():
+    # two tokens: one at a right angle, one opposite, of lengths that do not count
+    output = torch.tensor([[[2.0, 0.0], [0.0, 3.0]], [[1.0, 1.0], [0.0, 5.0]]])
+    target = torch.tensor([[[0.0, 1.0], [0.0, -7.0]], [[4.0, 4.0], [0.0, 1.0]]])
+    assert torch.allclose(direction_loss(output, target), torch.tensor([1.5, 0.0]))
+    assert torch.allclose(direction_loss(-target, target), torch.tensor([2.0, 2.0]))
+    with pytest.raises(ValueError, match=r"\(2, 2, 2\).*\(1, 2, 2\)"):
+        direction_loss(output, target[:1])
+
+
+def test_direction_turns_the_output_towards_the_target_and_leaves_its_length():
+    output = torch.tensor([[[1.0, 0.0]]], requires_grad=True)
+    direction_loss(output, torch.tensor([[[1.0, 1.0]]])).sum().backward()
+    assert output.grad[0, 0, 1] < 0 and output.grad[0, 0, 0] == pytest.approx(0, abs=1e-6)
+
+
+def test_direction_of_a_model_that_begins_as_zero_has_a_finite_pull():
+    output = torch.zeros(1, 1, 2, requires_grad=True)
+    loss = direction_loss(output, torch.tensor([[[3.0, -4.0]]]))
+    loss.sum().backward()
+    assert loss.item() == 1.0
+    assert torch.allclose(output.grad / output.grad.norm(), torch.tensor([-0.6, 0.8]))
+    assert output.grad.norm() < 200
+
+
+def test_terms_are_returned_by_name_and_weighted_in_the_loss(pair):
+    data, noise = (tensor[:, :4] for tensor in pair)
+    inputs = (data, torch.tensor([0, 1, 2, 3]), torch.tensor([0.1, 0.4, 0.6, 0.9]), noise)
+    transformer = tiny_transformer()
+    plain = FlowMatchingObjective(transformer)(*inputs)
+    both = FlowMatchingObjective(transformer, direction_weight=0.5)(*inputs)
+    assert plain.keys() == {"loss", "loss_per_image", "velocity"}
+    assert torch.equal(plain["velocity"], plain["loss"].detach())
+    assert torch.equal(both["velocity"], plain["velocity"]) and 0 < both["direction"] < 2
+    assert torch.allclose(both["loss"], both["velocity"] + 0.5 * both["direction"])
+    assert both["loss"].requires_grad and not both["direction"].requires_grad
+
+
 def test_loss_of_low_precision_outputs_is_float32():
     output = torch.full((1, 2, 2), 300.0, dtype=torch.float16)
     loss = flow_matching_loss(output, torch.zeros(1, 2, 2))
     assert loss.dtype == torch.float32 and loss.item() == 90000  # beyond float16
+    direction = direction_loss(output, -torch.ones(1, 2, 2))
+    assert direction.dtype == torch.float32 and direction.item() == pytest.approx(2)
 
 
 def test_draws_of_an_image_do_not_depend_on_its_batch():
     for density in ("uniform", "lognormal"):
-        draws = sample_flow_draws(1, 2, [5, 6, 7], (4, 3), density)
-        other = sample_flow_draws(1, 2, torch.tensor([7, 100]), (4, 3), density)
+        draws = sample_flow_draws(1, 2, [5, 6, 7], (4, 3), density, guidance_free=True)
+        other = sample_flow_draws(1, 2, torch.tensor([7, 100]), (4, 3), density, guidance_free=True)
         for field, other_field in zip(draws, other, strict=True):
             assert torch.equal(field[2], other_field[0])
         assert not torch.equal(draws.noise, sample_flow_draws(1, 3, [5, 6, 7], (4, 3), density).noise)
@@ -149,17 +190,28 @@ def test_draws_of_an_image_do_not_depend_on_its_batch():
 
 def test_draws_follow_their_laws():
     indices = range(4000)
-    draws = sample_flow_draws(0, 0, indices, (1,), "uniform", class_dropout_prob=0.25)
+    draws = sample_flow_draws(0, 0, indices, (1,), "uniform", class_dropout_prob=0.25, guidance_free=True)
     assert draws.draw.shape == (4000,) and 0 <= draws.draw.min() and draws.draw.max() < 1
     assert abs(draws.draw.mean() - 0.5) < 0.02 and abs(draws.draw.var() - 1 / 12) < 0.005
     assert abs(draws.class_drop_mask.float().mean() - 0.25) < 0.03
     assert draws.class_drop_mask.dtype == torch.bool
-    # time, noise and class drop are independent
-    columns = torch.stack([draws.draw, draws.noise[:, 0], draws.class_drop_mask.float()])
-    assert (torch.corrcoef(columns) - torch.eye(3)).abs().max() < 0.06
+    beta = draws.guidance_temperature
+    assert 0 < beta.min() and beta.max() <= 1
+    assert abs(beta.mean() - 0.5) < 0.02 and abs(beta.var() - 1 / 12) < 0.005
+    # time, noise, class drop and temperature are independent
+    columns = torch.stack([draws.draw, draws.noise[:, 0], draws.class_drop_mask.float(), beta])
+    assert (torch.corrcoef(columns) - torch.eye(4)).abs().max() < 0.06
     normal = sample_flow_draws(0, 0, indices, (1,), "lognormal")
     assert abs(normal.draw.mean()) < 0.06 and abs(normal.draw.std() - 1) < 0.05
     assert abs(torch.corrcoef(torch.stack([normal.draw, normal.noise[:, 0]]))[0, 1]) < 0.06
+
+
+def test_temperatures_are_drawn_on_request_and_change_no_other_draw():
+    without = sample_flow_draws(0, 3, range(5), (4, 3))
+    with_temperature = sample_flow_draws(0, 3, range(5), (4, 3), guidance_free=True)
+    assert without.guidance_temperature is None and with_temperature.guidance_temperature.shape == (5,)
+    for field, other_field in zip(without[:3], with_temperature[:3], strict=True):
+        assert torch.equal(field, other_field)
 
 
 def test_class_dropout_probabilities_0_and_1_are_exact():
@@ -239,3 +291,7 @@ def test_objective_refuses_bad_input(pair):
         FlowMatchingObjective(tiny_transformer(), density="logit")
     with pytest.raises(ValueError, match="`shift`"):
         FlowMatchingObjective(tiny_transformer(), time_shift=-1.0)
+    for name in ("direction_weight", "alignment_weight"):
+        for value in (-1.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"`{name}` must be finite and not negative, got {value}"):
+                FlowMatchingObjective(tiny_transformer(), **{name: value})

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -25,8 +26,16 @@ def test_signal_is_remembered_until_the_loop_asks(stop, number):
     assert stop.agreed() == number
 
 
-def test_second_interrupt_does_not_wait_for_the_step(stop):
+def test_interrupts_at_once_are_one(stop):
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.agreed() == signal.SIGINT
+
+
+def test_second_interrupt_does_not_wait_for_the_step(stop, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
+    later = time.monotonic() + 5.0
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
 

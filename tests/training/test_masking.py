@@ -121,10 +121,19 @@ def test_step_mask_ratio_is_keyed_by_the_step():
 
 
 def test_linear_mask_ratio_falls_from_start_to_end_and_stays():
-    ratios = [linear_mask_ratio(step, 50_000) for step in (0, 12_500, 25_000, 50_000, 70_000)]
+    ratios = [linear_mask_ratio(step, 50_001) for step in (0, 12_500, 25_000, 50_000, 70_000)]
     assert ratios == pytest.approx([0.6, 0.45, 0.3, 0.0, 0.0], abs=1e-12)
     assert ratios[-1] == 0.0
-    assert linear_mask_ratio(1, 2, start=0.2, end=0.8) == pytest.approx(0.5)
+    assert linear_mask_ratio(1, 3, start=0.2, end=0.8) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("num_tokens", [256, 1024])
+def test_the_last_of_the_steps_of_the_fall_is_the_first_without_a_mask(num_tokens):
+    counts = [math.ceil(linear_mask_ratio(step, 500) * num_tokens) for step in range(500)]
+    assert counts[0] == math.ceil(0.6 * num_tokens) and counts == sorted(counts, reverse=True)
+    assert counts.index(0) == 499
+    assert not sample_masks(0, 499, [0], num_tokens, linear_mask_ratio(499, 500)).any()
+    assert linear_mask_ratio(0, 1) == 0.0, "a single step has the end"
 
 
 @pytest.mark.parametrize(("arguments", "name"), [((-1, 5), "step"), ((0, 0), "num_steps"), ((0, 5, 1.2), "start")])

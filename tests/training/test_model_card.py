@@ -27,7 +27,7 @@ def make_card(folder, kind: str, **settings) -> ModelCard:
         "repo_id": "user/model",
         "recipe": RECIPE,
         "step": 5000,
-        "model_config": model.config,
+        "model_config": dict(model.config) | {"_class_name": type(model).__name__},
         "dataset_name": "ILSVRC/imagenet-1k",
         "train_split": "train",
         "base_model": None if kind == "tokenizer" else "user/tokenizer",

@@ -33,7 +33,8 @@ def write(tmp_path):
 
 
 def recipe_class(path):
-    return SiTRecipe if "sit" in path.stem.split("-") else TokenizerRecipe
+    generators = {"sit", "lightningdit", "usit"}
+    return SiTRecipe if generators & set(path.stem.split("-")) else TokenizerRecipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -51,13 +52,13 @@ def test_shipped_recipe_builds_its_model(path):
     import torch
 
     from maetok_hf.models.autoencoder_mae import AutoencoderMAE
-    from maetok_hf.models.transformer_sit import SiTTransformer1DModel
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if recipe_class(path) is SiTRecipe:
-            model = SiTTransformer1DModel(**load_recipe(SiTRecipe, path).model)
-            assert model.config.num_layers == load_recipe(SiTRecipe, path).model["num_layers"]
+            recipe = load_recipe(SiTRecipe, path)
+            model = recipe.transformer_class(**recipe.model)
+            assert recipe.finetuning or model.config.num_layers == recipe.model["num_layers"]
         else:
             recipe = load_recipe(TokenizerRecipe, path)
             model = AutoencoderMAE(sample_size=recipe.resolution, **recipe.model)
@@ -265,6 +266,36 @@ def test_missing_file_is_an_error_that_names_a_similar_one(tmp_path):
     (tmp_path / "maetok-b.yaml").write_text("seed: 0")
     with pytest.raises(ValueError, match=r"no recipe file .*maetok_b.yaml.*did you mean 'maetok-b'"):
         read_yaml(tmp_path / "maetok_b.yaml")
+
+
+@pytest.mark.parametrize("cls", SETTINGS)
+def test_every_value_is_also_a_flag(cls):
+    """Typed as its own default, or as one of its choices."""
+    flags = {}
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if isinstance(default, dict) or default in (None, [], dataclasses.MISSING):
+            continue
+        flags[field.name] = [str(value) for value in default] if isinstance(default, list) else [str(default)]
+    assert {"TokenizerRecipe": "auxiliary_targets", "SiTRecipe": "guidance_interval"}.get(
+        cls.__name__, "seed"
+    ) in flags
+    parser = make_parser()
+    add_flags(parser, cls, "all")
+    words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
+    given = given_flags(parser.parse_args(words), cls)
+    for field in dataclasses.fields(cls):
+        if field.name in flags:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            assert given[field.name] == default, field.name
+
+
+def test_unknown_choice_in_a_list_is_refused(capsys):
+    parser = make_parser()
+    add_flags(parser, TokenizerRecipe, "all")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--auxiliary_targets", "hog", "pog"])
+    assert "invalid choice: 'pog'" in capsys.readouterr().err
 
 
 def test_flags_override_the_file_and_nothing_else(write):

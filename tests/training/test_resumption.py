@@ -41,7 +41,7 @@ def test_new_folder_begins_a_new_run(tmp_path):
 def test_going_back_past_a_newer_checkpoint_is_refused(tmp_path):
     for step in (1, 2):
         make_checkpoint(tmp_path, step)
-    with pytest.raises(ValueError, match="also has checkpoint-2: remove those"):
+    with pytest.raises(ValueError, match="also has checkpoint-2: continue from the newest with"):
         find_checkpoint(tmp_path, "checkpoint-1")
     # into another folder it is fine
     other = tmp_path / "other"

@@ -1,7 +1,12 @@
 import logging
+import types
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -308,6 +313,61 @@ def test_without_a_processor_the_statistics_are_those_of_the_kind_and_a_warning_
     assert "no image processor that says how to normalise" in caplog.text
     by_hand = TeacherTarget(pooled(14), 3, 14, **expected)
     assert torch.equal(target.scale, by_hand.scale) and torch.equal(target.shift, by_hand.shift)
+
+
+def test_a_damaged_processor_is_not_taken_for_none(tmp_path, caplog):
+    _, folder = build_dinov2(tmp_path, BitImageProcessor(**IMAGENET))
+    (processor,) = [file for file in tmp_path.glob("*processor*")]
+    processor.write_text("{")
+    with pytest.raises(OSError, match="(?s)could not be loaded.*check the path"):
+        load_teacher("dinov2", folder)
+    assert "no image processor" not in caplog.text
+
+
+def test_a_processor_without_statistics_is_refused(tmp_path):
+    _, folder = build_dinov2(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    with pytest.raises(ValueError, match="has no `image_std`: write those that the teacher was trained with"):
+        load_teacher("dinov2", folder)
+
+
+RESPONSE = types.SimpleNamespace(headers={}, request=None)
+
+
+@pytest.fixture
+def repository(monkeypatch, tmp_path):
+    """A teacher in a repository whose image processor cannot be read: the download, to be given an answer."""
+    _, folder = build_dinov2(tmp_path)
+    for name in ("AutoConfig", "AutoModel"):
+        loader = getattr(transformers, name).from_pretrained
+        monkeypatch.setattr(f"transformers.{name}.from_pretrained", lambda _, load=loader, **kw: load(folder, **kw))
+    # what transformers raises, whatever the reason
+    processor = Mock(side_effect=OSError("Can't load image processor"))
+    monkeypatch.setattr("transformers.ImageProcessingMixin.get_image_processor_dict", processor)
+    download = Mock()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return download
+
+
+def test_a_repository_without_a_processor_has_the_statistics_of_the_kind(repository, caplog):
+    repository.side_effect = RemoteEntryNotFoundError("404", response=RESPONSE)
+    by_hand = TeacherTarget(pooled(14), 3, 14, **IMAGENET)
+    assert torch.equal(load_teacher("dinov2", "owner/name").scale, by_hand.scale)
+    assert "owner/name has no image processor" in caplog.text
+
+
+def test_what_the_cache_knows_to_be_missing_needs_no_connection(repository, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: huggingface_hub._CACHED_NO_EXIST)
+    load_teacher("dinov2", "owner/name")
+    assert not repository.called
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("no connection"), HfHubHTTPError("503", response=RESPONSE)])
+def test_a_processor_that_cannot_be_looked_up_is_an_error_that_says_what_to_do(repository, caplog, error):
+    repository.side_effect = error
+    with pytest.raises(OSError, match="(?s)could not be loaded.*download it first with `hf download owner/name`"):
+        load_teacher("dinov2", "owner/name")
+    assert "no image processor" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

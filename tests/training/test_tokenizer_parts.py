@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from maetok_hf.models.autoencoder_mae import AutoencoderMAE
+from maetok_hf.seeding import keyed_seed
+from maetok_hf.training.auxiliary import AuxiliaryDecoder
 from maetok_hf.training.discriminator_objective import sample_adversarial_draws
 from maetok_hf.training.draws import sample_noise
 from maetok_hf.training.masking import sample_masks
@@ -161,6 +164,47 @@ def test_an_ablation_leaves_the_other_decoders_and_the_tokenizer_as_they_were(fu
     fewer, _, _ = parts_of(full_recipe(64, auxiliary_targets=["siglip"], adversarial_weight=0.0))
     for name, value in fewer.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_initialisation_leaves_the_random_state_of_the_caller_alone(full_recipe, tmp_path):
+    recipe = full_recipe(64, auxiliary_targets=["hog", "dinov2", "siglip", "text"])
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    objective, _, _ = parts_of(recipe)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    objective.tokenizer.save_pretrained(tmp_path)
+    make_tokenizer(dataclasses.replace(recipe, stage="decoder_finetuning", model={}), 0, str(tmp_path))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_initial_weights_are_those_of_their_seed_whatever_the_random_state_of_the_caller(full_recipe):
+    recipe = full_recipe(64)
+    torch.manual_seed(6)
+    objective, discriminator, _ = parts_of(recipe)
+    torch.manual_seed(keyed_seed(0, "initialisation"))
+    same_as = {"tokenizer": AutoencoderMAE(sample_size=64, **recipe.model)}
+    for name, target in objective.targets.items():
+        torch.manual_seed(keyed_seed(0, f"initialisation of the {name} decoder"))
+        sizes = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+        config = objective.tokenizer.config
+        same_as[f"auxiliary_decoders.{name}"] = AuxiliaryDecoder.from_tokenizer_config(
+            config, target.feature_dim, **sizes
+        )
+    for name, expected in same_as.items():
+        weights = objective.get_submodule(name).state_dict()
+        assert all(torch.equal(weights[key], value) for key, value in expected.state_dict().items()), name
+    torch.manual_seed(7)
+    _, again, _ = parts_of(recipe)
+    weights = discriminator.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in again.state_dict().items())
+
+
+def test_augmentation_is_as_strong_as_the_recipe_says(full_recipe):
+    discriminator = make_discriminator_objective(full_recipe(64), 0)
+    assert (discriminator.diffaugment_probability, discriminator.diffaugment_cutout) == (0.5, 0.2)
+    recipe = full_recipe(64, diffaugment_probability=1.0, diffaugment_cutout=0.5)
+    discriminator = make_discriminator_objective(recipe, 0)
+    assert (discriminator.diffaugment_probability, discriminator.diffaugment_cutout) == (1.0, 0.5)
 
 
 def test_losses_that_weigh_nothing_load_nothing():

@@ -1,7 +1,7 @@
 """What is unusual about the rows of a data set: counted in every batch, and named in the log without flooding it."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -53,6 +53,37 @@ def describe_counts(counts: torch.Tensor) -> str:
     """
     found = [f"{count} {name}" for name, count in zip(COUNT_NAMES, counts.tolist(), strict=True) if count]
     return ", ".join(found) or "nothing unusual"
+
+
+class RowCounts:
+    """
+    What was unusual about the rows since the last report, of this process until it is asked for all.
+
+    Args:
+        sum_over_processes (`Callable[[torch.Tensor], torch.Tensor]`): Sums an int64 tensor over all processes, each of
+            which must call `total` or `report` when another does.
+    """
+
+    def __init__(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]):
+        self._sum = sum_over_processes
+        self._counts = torch.zeros(len(COUNT_NAMES), dtype=torch.int64)
+
+    def add(self, counts: torch.Tensor | list[int]) -> None:
+        """
+        Args:
+            counts (`torch.Tensor` or `list[int]`): The `counts` of a batch, or a `total` of an earlier run.
+        """
+        self._counts += torch.as_tensor(counts)
+
+    def total(self) -> list[int]:
+        """`list[int]`: The counts of all processes, for a checkpoint."""
+        return self._sum(self._counts).tolist()
+
+    def report(self) -> str:
+        """`str`: The counts of all processes in words, see [`describe_counts`]; they begin anew."""
+        total = torch.tensor(self.total())
+        self._counts.zero_()
+        return describe_counts(total)
 
 
 class RowWarnings:

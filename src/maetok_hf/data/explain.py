@@ -41,9 +41,12 @@ def _advice(error: Exception, data: str) -> str:
             "The disk is full: free some space, or set the environment variable HF_HOME, below which `datasets` keeps "
             "its files, to a folder on a disk with room."
         )
-    access = f"accept its terms at https://huggingface.co/datasets/{data} and log in with `hf auth login`, or pass "
+    access = (
+        f"accept its terms at https://huggingface.co/datasets/{data} and log in with `hf auth login`, or set HF_TOKEN "
+        "to a token of an account that has done so"
+    )
     if any(type(one).__name__ == "GatedRepoError" or "gated dataset" in str(one) for one in chain):
-        return f"The data set is gated: {access}the `token` of an account that has done so."
+        return f"The data set is gated: {access}."
     if any(isinstance(one, ConnectionError | TimeoutError) for one in chain):
         return (
             "The Hub cannot be reached: check the connection and the environment variable HF_HUB_OFFLINE. If a local "
@@ -51,7 +54,7 @@ def _advice(error: Exception, data: str) -> str:
         )
     return (
         "If it is a folder, check the path and that it holds images, parquet or tar files. If it is on the Hub, check "
-        f"the spelling and the connection; if it is private or gated, {access}`token`."
+        f"the spelling and the connection; if it is private or gated, {access}."
     )
 
 

@@ -67,7 +67,7 @@ class HeldOutImages(torch.utils.data.IterableDataset):
         """
         A loader that yields the batches in order.
 
-        Its workers outlive SIGINT and one SIGTERM, like those of [`StreamingImages`].
+        Its workers outlive SIGINT and SIGTERM, like those of [`StreamingImages`].
 
         Args:
             num_workers (`int`, *optional*, defaults to 0): Data workers of this process.

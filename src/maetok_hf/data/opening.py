@@ -35,6 +35,22 @@ def _file_key(file: str, token: str | bool | None) -> str:
     return f"{file} {file_system.ukey(path)}"
 
 
+def _lock(stack: contextlib.ExitStack, lock: Path, counts: Path) -> None:
+    """Hold the file `lock` until the stack is left. Whoever held it has removed it: another may be there by now."""
+    import fcntl
+
+    while True:
+        file = stack.enter_context(open(lock, "w"))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process is counting rows, which are kept in %s: waiting for it.", counts)
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                return
+
+
 class _CountCache:
     """
     Row counts of files, each kept in a JSON file under a name that changes with the files.
@@ -91,21 +107,14 @@ class _CountCache:
         While counts are missing, one process at a time: the others wait here, and find its counts. That takes no
         collective of the processes, which would give up after some minutes, and a process that dies lets the next in.
         """
-        import fcntl
-
         counts = self.load(path)
         with contextlib.ExitStack() as stack:
             if counts is None or None in counts:
                 lock = path.with_suffix(".lock")
                 with contextlib.suppress(OSError):  # no lock can be had in that folder: each process counts
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    file = stack.enter_context(open(lock, "w"))
+                    _lock(stack, lock, path)
                     stack.callback(lock.unlink, missing_ok=True)
-                    try:
-                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError:
-                        logger.info("Another process is counting rows, which are kept in %s: waiting for it.", path)
-                        fcntl.lockf(file, fcntl.LOCK_EX)
             yield
 
     def count_files(self, kind: str, files: Sequence[str], count: Callable[[str], Any], *identity: Any) -> list[Any]:
@@ -247,7 +256,7 @@ def _open_by_name(
         )
 
 
-def _resolve_folder(data: str | os.PathLike) -> str:
+def resolve_folder(data: str | os.PathLike) -> str:
     """
     A folder with the home folder written out, any other name as it is.
 
@@ -258,9 +267,8 @@ def _resolve_folder(data: str | os.PathLike) -> str:
     on_the_hub = _HUB_NAME.fullmatch(path) or path.startswith(("hf://", "buckets/"))
     if not os.path.isdir(path) and (isinstance(data, os.PathLike) or not on_the_hub):
         raise FileNotFoundError(
-            f"There is no folder {os.path.abspath(path)}: check the path. Single files are given by `data_files`, "
-            "with the name of their builder (such as 'parquet') as `data`, and a data set on the Hub is named like "
-            "'ILSVRC/imagenet-1k'."
+            f"There is no folder {os.path.abspath(path)}: check the path. A data set on the Hub is named like "
+            "'ILSVRC/imagenet-1k'; `open_images` also takes single files, as its `data_files`."
         )
     return path
 
@@ -363,6 +371,6 @@ def open_images(
             "`data` must be the name of a data set, a folder, a `datasets.Dataset` or a `datasets.IterableDataset`, "
             f"got {type(data)}."
         )
-    data = _resolve_folder(data)
+    data = resolve_folder(data)
     with opening(data):
         return _open_by_name(data, split, settings, chunk_size, token, cache_dir, columns)

@@ -64,7 +64,8 @@ class CorruptImageError(ValueError):
     """The stored bytes of an image cannot be decoded, or there are none."""
 
 
-def _open_binary(path: str, token: str | bool | None) -> Any:
+def open_binary(path: str, token: str | bool | None) -> Any:
+    """Open a local or remote file for reading."""
     import fsspec
 
     options = {"hf": {"token": token}} if "hf://" in path and token is not None else {}
@@ -73,7 +74,7 @@ def _open_binary(path: str, token: str | bool | None) -> Any:
 
 def _read_file(path: str, token: str | bool | None) -> bytes:
     try:
-        with _open_binary(path, token) as file:
+        with open_binary(path, token) as file:
             return file.read()
     except (FileNotFoundError, IsADirectoryError) as error:
         # Any other error of the file system (a lost connection) is not the image's fault and stops the run: replacing
@@ -297,7 +298,7 @@ class ParquetSource(ImageSource):
         """Rows of every row group of a file; reads the footer only."""
         import pyarrow.parquet as pq
 
-        with _open_binary(file, token) as handle:
+        with open_binary(file, token) as handle:
             metadata = pq.read_metadata(handle)
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
@@ -305,18 +306,26 @@ class ParquetSource(ImageSource):
         import pyarrow.parquet as pq
 
         # An epoch goes from file to file, more than can be open at a time: the footer of each is read only once.
-        file = pq.ParquetFile(_open_binary(path, self.token), metadata=self._footers.get(path), pre_buffer=False)
+        file = pq.ParquetFile(open_binary(path, self.token), metadata=self._footers.get(path), pre_buffer=False)
         self._footers[path] = file.metadata
         return file
 
-    def read_chunk(self, chunk: int) -> list[Row]:
+    def read_table(self, chunk: int, names: list[str]) -> Any:
+        """
+        Args:
+            chunk (`int`): Number of a chunk.
+            names (`list[str]`): Columns.
+
+        Returns:
+            `pyarrow.Table`: These columns of its rows.
+        """
         path = self.files[self.chunk_shards[chunk]]
         file = self._handle(path, lambda: self._open_file(path))
         # Threads of a parent process do not survive a fork, and the data workers are the parallelism already.
-        table = file.read_row_groups(
-            list(range(*self._groups[chunk])), columns=self.columns.names, use_threads=False
-        ).to_pydict()
-        return _rows(table, self.columns)
+        return file.read_row_groups(list(range(*self._groups[chunk])), columns=names, use_threads=False)
+
+    def read_chunk(self, chunk: int) -> list[Row]:
+        return _rows(self.read_table(chunk, self.columns.names).to_pydict(), self.columns)
 
 
 def _tar_samples(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -373,7 +382,7 @@ class TarSource(ImageSource):
 
         num_rows, offsets = 0, []
         try:
-            with _open_binary(file, token) as handle:
+            with open_binary(file, token) as handle:
                 for offset, _ in _tar_samples(handle):
                     if num_rows % chunk_size == 0:
                         offsets.append(offset)
@@ -384,7 +393,7 @@ class TarSource(ImageSource):
 
     def read_chunk(self, chunk: int) -> list[Row]:
         path = self.files[self.chunk_shards[chunk]]
-        file = self._handle(path, lambda: _open_binary(path, self.token))
+        file = self._handle(path, lambda: open_binary(path, self.token))
         file.seek(self._offsets[chunk])
 
         rows = []

@@ -1,11 +1,4 @@
-"""Shuffled, resumable micro-batches of images for any number of processes and data workers.
-
-The rows of an epoch are put in an order that is a function of (seed, epoch): chunks of neighbouring rows are permuted,
-dealt into blocks of about `block_size` rows, and the rows of each block are permuted. This sequence is cut into
-`num_streams` contiguous streams, and the epoch's micro-batch `m` is the next one of stream `m mod num_streams`. A
-process takes every `world_size`-th micro-batch and a worker every `num_workers`-th of these. Since nothing else
-enters, the micro-batches do not depend on how they are spread over processes, accumulation steps, workers, restarts.
-"""
+"""Shuffled, resumable micro-batches of images for any number of processes and data workers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,20 +6,20 @@ from typing import Any
 import torch
 
 from ..seeding import keyed_generator
-from .batches import BatchBuilder, check_integer
+from .batches import BatchBuilder
 from .explain import reading
 from .loader import ImageSlots, SlotLoader
-from .order import EpochOrder, check_resolutions, epoch_order, resolution_at
+from .micro_batches import EpochStream, MicroBatches
+from .order import EpochOrder, check_resolutions, resolution_at
 from .sources import CorruptImageError, ImageSource, Row, Sample
 from .transforms import ImageTransform
-from .workers import enter_worker
 
 
 # Rows tried in the place of one that cannot be used before the data set is given up.
 MAX_REPLACEMENT_ATTEMPTS = 1024
 
 
-class StreamingImages(torch.utils.data.IterableDataset):
+class StreamingImages(MicroBatches):
     """
     Endless, resumable stream of micro-batches of images; the loader of a training loop.
 
@@ -110,66 +103,29 @@ class StreamingImages(torch.utils.data.IterableDataset):
     ):
         if not isinstance(source, ImageSource):
             raise ValueError(f"`source` must be an `ImageSource`, got {type(source)}: make one with `open_images`.")
-        self.source = source
         self.resolutions = check_resolutions(resolution, resolution_weights)
         self.resolution_weights = resolution_weights
         self.transforms = {size: ImageTransform(size, crop, random_flip) for size in self.resolutions}
-        self.batch_size = check_integer("batch_size", batch_size, 1)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"`seed` must be an integer, got {seed!r}.")
-        self.seed = seed
-        self.shuffle = shuffle
-        self.block_size = check_integer("block_size", block_size, 1)
-        self.world_size = check_integer("world_size", world_size, 1)
-        self.rank = check_integer("rank", rank, 0)
-        if rank >= world_size:
-            raise ValueError(f"`rank` must be below `world_size={world_size}`, got {rank}.")
-        self.gradient_accumulation_steps = check_integer("gradient_accumulation_steps", gradient_accumulation_steps, 1)
-        self.num_workers = check_integer("num_workers", num_workers, 0)
-        readers = world_size * max(1, num_workers)
-        self.num_streams = check_integer("num_streams", readers if num_streams is None else num_streams, 1)
-        if self.num_streams % readers:
-            raise ValueError(
-                f"`num_streams={num_streams}` must be a multiple of `world_size * max(1, num_workers)` = {world_size} "
-                f"* {max(1, num_workers)} = {readers}: round it up to {-(-num_streams // readers) * readers}, or "
-                "change `num_workers`."
-            )
+        super().__init__(
+            source,
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            block_size=block_size,
+            rank=rank,
+            world_size=world_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            num_workers=num_workers,
+            num_streams=num_streams,
+            start_micro_batch=start_micro_batch,
+        )
         if require_labels and source.columns.label is None:
             raise ValueError(
                 f"`require_labels=True`, but no label column of {source.description} is read: name it with "
                 "`label_column` in `open_images`."
             )
         self.require_labels = require_labels
-
-        micro_batches_per_step = world_size * gradient_accumulation_steps
-        global_batch_size = batch_size * micro_batches_per_step
-        self.num_micro_batches = source.num_rows // global_batch_size * micro_batches_per_step  # of all processes
-        if self.num_micro_batches == 0:
-            raise ValueError(
-                f"{source.description} has {source.num_rows} rows, fewer than one global batch of {global_batch_size} "
-                f"(`batch_size={batch_size}` * `world_size={world_size}` * "
-                f"`gradient_accumulation_steps={gradient_accumulation_steps}`): lower one of the three."
-            )
-        self.micro_batches_per_epoch = self.num_micro_batches // world_size
-        self.num_dropped = source.num_rows - self.num_micro_batches * batch_size
         self.slots: ImageSlots | None = None  # set in the workers of `dataloader`
-        self.set_start(start_micro_batch)
-
-    def set_start(self, micro_batch: int) -> None:
-        """
-        Set where the next iteration starts.
-
-        Args:
-            micro_batch (`int`): Micro-batches this process has consumed since the start of the run.
-
-        Raises:
-            ValueError: If it is negative or not an integer.
-        """
-        self.start_micro_batch = check_integer("start_micro_batch", micro_batch, 0)
-
-    def epoch_of(self, micro_batch: int) -> int:
-        """The epoch of this process' micro-batch `micro_batch`, counted from the start of the run."""
-        return micro_batch // self.micro_batches_per_epoch
 
     def resolution_of(self, micro_batch: int) -> int:
         """The resolution of this process' micro-batch `micro_batch`, counted from the start of the run."""
@@ -180,7 +136,7 @@ class StreamingImages(torch.utils.data.IterableDataset):
         """
         A loader with this data set's number of workers that yields its micro-batches in order.
 
-        Its workers outlive SIGINT and one SIGTERM, so that a signal to the whole process group leaves this process
+        Its workers outlive SIGINT and SIGTERM, so that a signal to the whole process group leaves this process
         the batches it needs to finish its step and save; they end when this process ends. Rows that cannot be used
         are reported by this process, each once, whichever loader of the source meets it how often.
 
@@ -201,30 +157,16 @@ class StreamingImages(torch.utils.data.IterableDataset):
             prefetch_factor=prefetch_factor,
         )
 
+    def open_stream(self, order: EpochOrder, epoch: int) -> "_ImageStream":
+        return _ImageStream(self, order, epoch)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker, num_workers = enter_worker()
-        if num_workers not in (1, self.num_workers):
-            raise ValueError(
-                f"The loader has {num_workers} workers, but this data set was made for "
-                f"`num_workers={self.num_workers}`: use its `dataloader()`."
-            )
-        number, epoch, order, streams = self.start_micro_batch + worker, None, None, {}
-        while True:
-            if epoch != self.epoch_of(number):
-                epoch = self.epoch_of(number)
-                order = epoch_order(self.source, self.seed, epoch, self.block_size, self.shuffle)
-                streams = {}
-            micro_batch = self.rank + number % self.micro_batches_per_epoch * self.world_size
-            stream, turn = micro_batch % self.num_streams, micro_batch // self.num_streams
-            share, extra = divmod(self.num_micro_batches, self.num_streams)
-            if stream not in streams:
-                streams[stream] = _Stream(self, order, epoch)
-            start = (stream * share + min(stream, extra) + turn) * self.batch_size
+        for worker, number, stream, start in self.walk():
             resolution = self.resolution_of(number)
             shape = (self.batch_size, 3, resolution, resolution)
             images = torch.empty(shape, dtype=torch.uint8) if self.slots is None else self.slots.claim(worker, shape)
             with reading(self.source.description):
-                batch = streams[stream].micro_batch(start, self.transforms[resolution], images)
+                batch = stream.micro_batch(start, self.transforms[resolution], images)
             problems = batch.pop("problems")
             if self.slots is None:
                 for row, message in problems:
@@ -232,44 +174,36 @@ class StreamingImages(torch.utils.data.IterableDataset):
                 yield batch
             else:
                 yield self.slots.pack(batch, worker) | {"problems": problems}
-            if turn + 1 == share + (stream < extra):
-                del streams[stream]  # with its block
-            number += num_workers
 
 
-class _Stream:
-    """One stream of one epoch: its current block and what is made of it."""
+class _ImageStream(EpochStream):
+    """One stream of images."""
 
     def __init__(self, images: StreamingImages, order: EpochOrder, epoch: int):
+        super().__init__(images, order, epoch)
         self.images = images
-        self.order = order
-        self.epoch = epoch
-        self.block = -1
         self.rows: list[Row] = []
         self.indices: list[int] = []
 
     def read_block(self, block: int) -> tuple[list[Row], list[int]]:
         """Raw rows of a block and their positions in the data set, in the order of this epoch."""
         source, rows, indices = self.images.source, [], []
-        for chunk in self.order.chunks[self.order.block_chunks[block] : self.order.block_chunks[block + 1]].tolist():
+        for chunk in self.chunks_of(block):
             start = int(source.chunk_starts[chunk])
             rows += source.read_chunk(chunk)
             indices += range(start, start + int(source.chunk_sizes[chunk]))
-        if self.images.shuffle:
-            generator = keyed_generator(self.images.seed, "rows", self.epoch, block)
-            permutation = torch.randperm(len(rows), generator=generator).tolist()
-            rows, indices = [rows[i] for i in permutation], [indices[i] for i in permutation]
-        return rows, indices
+        permutation = self.row_order(block).tolist()
+        return [rows[i] for i in permutation], [indices[i] for i in permutation]
+
+    def load(self, block: int) -> None:
+        self.rows, self.indices = self.read_block(block)
 
     def micro_batch(self, start: int, transform: ImageTransform, pixels: torch.Tensor) -> dict[str, Any]:
         """The samples at positions `start`, `start + 1`, ... of the epoch's rows, their images put into `pixels`."""
         images, replaced, problems = self.images, [], []
         builder = BatchBuilder(transform, images.source.columns, pixels)
         for position in range(start, start + images.batch_size):
-            block = self.order.block_of(position)
-            if block != self.block:
-                self.block, (self.rows, self.indices) = block, self.read_block(block)
-            offset = position - int(self.order.block_rows[self.block])
+            offset = self.offset_of(position)
             index = self.indices[offset]
             sample, name, problem = self.usable(offset)
             builder.add(sample, index, keyed_generator(images.seed, "augment", self.epoch, index))

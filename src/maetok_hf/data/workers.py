@@ -38,25 +38,26 @@ def enter_worker() -> tuple[int, int]:
 
 def outlive_stop_signal(worker_id: int) -> None:
     """
-    `worker_init_fn` of a data loader: SIGINT and the first SIGTERM do not end the worker, so that a signal to the
-    whole process group leaves the training process the batches it needs to finish its step and save.
+    `worker_init_fn` of a data loader: SIGINT and SIGTERM do not end the worker, so that signals to the whole process
+    group, which schedulers and launchers send more than once, leave the training process the batches it needs to
+    finish its step and save.
 
-    A worker that hangs can still be ended by a second SIGTERM. None is left behind: [`ending_at_exit`] kills the
-    workers when the main process ends by itself, and torch's workers look every few seconds whether the main process
-    is still there (`MP_STATUS_CHECK_INTERVAL`), and end if it was killed.
+    None is left behind: [`ending_at_exit`] kills the workers when the main process ends by itself, and torch's workers
+    look every few seconds whether the main process is still there (`MP_STATUS_CHECK_INTERVAL`), and end if it was
+    killed.
 
     Args:
         worker_id (`int`): Number of the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def ending_at_exit() -> Iterator[None]:
     """
     The processes that are started inside are killed when this process ends, however it fails. Otherwise
-    multiprocessing would send them the one SIGTERM that [`outlive_stop_signal`] ignores, and wait for ever.
+    multiprocessing would send them SIGTERM, which [`outlive_stop_signal`] ignores, and wait for ever.
     """
     before = set(multiprocessing.active_children())
     try:

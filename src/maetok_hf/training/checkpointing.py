@@ -119,9 +119,12 @@ class Checkpointer:
         self.total_limit = total_limit
         self._is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
 
-    def check_disk_space(self) -> None:
+    def check_disk_space(self) -> int:
         """
         Ask before the first step whether checkpoints will fit into `output_dir`; warn if not all that are to be kept.
+
+        Returns:
+            `int`: Bytes of a checkpoint.
 
         Raises:
             ValueError: On every process, if not even one more fits.
@@ -132,6 +135,7 @@ class Checkpointer:
         free = self.accelerator.gather(torch.tensor([free], device=self.accelerator.device))[0].item()
         existing = len(complete_checkpoints(self.output_dir))
         check_disk_space(str(self.output_dir), free, size, self.total_limit, existing)
+        return size
 
     def save(
         self,
@@ -218,6 +222,7 @@ class Checkpointer:
         self._on_main_process(lambda: remove_partial_checkpoints(self.output_dir), self.output_dir, None)
         self._check_shared_folder()
         path = find_checkpoint(self.output_dir, resume_from)
+        self._check_agreement("the checkpoint to continue from", "" if path is None else path.name)
         if path is None:
             return ResumedState(0, 0.0, {})
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -244,6 +249,16 @@ class Checkpointer:
         self._on_main_process(marker.mkdir, self.output_dir, None)
         self._on_all_processes(lambda: self._check_seen(marker), self.output_dir, marker)
         self._on_main_process(marker.rmdir, self.output_dir, None)
+
+    def _check_agreement(self, what: str, found: str) -> None:
+        """Processes that each look for themselves must see the same: a file system may be slow to show a change."""
+        number = torch.tensor([int(hashlib.blake2b(found.encode(), digest_size=7).hexdigest(), 16)])
+        numbers = self.accelerator.gather(number.to(self.accelerator.device))
+        if (numbers != numbers[0]).any():
+            raise ValueError(
+                f"The processes do not agree on {what} (process {self.accelerator.process_index}: {found or 'none'}): "
+                f"is {self.output_dir} the same folder for all of them? If it is, run the command again."
+            )
 
     def _check_seen(self, path: Path) -> None:
         if not path.exists():

@@ -199,7 +199,10 @@ def add_flags(parser: Any, cls: type, title: str) -> None:
         elif annotation is bool:
             keywords |= {"type": _parse_bool, "nargs": "?", "const": True, "metavar": "BOOL"}
         elif origin is list:
-            keywords |= {"type": typing.get_args(annotation)[0], "nargs": "*"}
+            (element,) = typing.get_args(annotation)
+            choices = typing.get_args(element)  # of a Literal
+            keywords |= {"type": str, "choices": choices} if choices else {"type": element}
+            keywords |= {"nargs": "*", "metavar": field.name.upper()}
         elif dict in (annotation, origin):
             keywords |= {"nargs": "+", "metavar": "KEY=VALUE"}
         else:

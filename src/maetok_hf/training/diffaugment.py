@@ -9,10 +9,9 @@ from .draws import draw_rows
 
 
 DIFFAUGMENT_POLICIES = ("color", "translation", "cutout")
-# brightness, saturation, contrast; translation down, right; cutout row, column
-NUM_DIFFAUGMENT_DRAWS = 7
+# brightness, saturation, contrast; translation down, right; cutout row, column; whether each of the policies happens
+NUM_DIFFAUGMENT_DRAWS = 10
 TRANSLATION_FRACTION = 1 / 8
-CUTOUT_FRACTION = 1 / 2
 
 
 def check_policy(policy: Sequence[str], argument: str = "policy") -> tuple[str, ...]:
@@ -56,7 +55,7 @@ def sample_diffaugment_draws(
             Global index of each image of the batch.
 
     Returns:
-        `torch.FloatTensor` of shape `(batch_size, 7)` in `[0, 1)`, on the CPU.
+        `torch.FloatTensor` of shape `(batch_size, 10)` in `[0, 1)`, on the CPU.
 
     Raises:
         ValueError: If `sample_indices` is empty or not one-dimensional.
@@ -93,7 +92,9 @@ def sample_uniform(
     return draw_rows(draw, seed, purpose, step, sample_indices)
 
 
-def diffaugment(images: torch.Tensor, draws: torch.Tensor, policy: Sequence[str]) -> torch.Tensor:
+def diffaugment(
+    images: torch.Tensor, draws: torch.Tensor, policy: Sequence[str], probability: float = 1.0, cutout: float = 0.5
+) -> torch.Tensor:
     """
     Augment each image by its own row of draws. The order is always colour, translation, cutout; gradients flow to the
     images through all of them.
@@ -103,10 +104,14 @@ def diffaugment(images: torch.Tensor, draws: torch.Tensor, policy: Sequence[str]
     - `"translation"`: whole pixels, up to an eighth of the side in each direction; what moves in is 0, mid-grey.
     - `"cutout"`: a rectangle of half the height and half the width, its centre anywhere in the image, is set to 0.
 
+    Probability and size of the rectangle are by default those of the DiffAugment paper.
+
     Args:
         images (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Images in `[-1, 1]`.
-        draws (`torch.Tensor` of shape `(batch_size, 7)`): Numbers in `[0, 1)`, see [`sample_diffaugment_draws`].
+        draws (`torch.Tensor` of shape `(batch_size, 10)`): Numbers in `[0, 1)`, see [`sample_diffaugment_draws`].
         policy (`Sequence[str]`): Names out of `"color"`, `"translation"` and `"cutout"`; empty for none.
+        probability (`float`, *optional*, defaults to 1.0): Probability of each of them, independently for each image.
+        cutout (`float`, *optional*, defaults to 0.5): Sides of the rectangle as a fraction of the image's.
 
     Returns:
         `torch.FloatTensor` of the shape of `images`.
@@ -123,12 +128,13 @@ def diffaugment(images: torch.Tensor, draws: torch.Tensor, policy: Sequence[str]
             "with `sample_diffaugment_draws`."
         )
     images, draws = images.float(), draws.to(images.device, torch.float32)
+    happens = (draws[:, 7:] < probability)[:, :, None, None, None]
     if "color" in policy:
-        images = _color(images, *draws[:, :3].T)
+        images = torch.where(happens[:, 0], _color(images, *draws[:, :3].T), images)
     if "translation" in policy:
-        images = _translate(images, *draws[:, 3:5].T)
+        images = torch.where(happens[:, 1], _translate(images, *draws[:, 3:5].T), images)
     if "cutout" in policy:
-        images = _cut_out(images, *draws[:, 5:7].T)
+        images = torch.where(happens[:, 2], _cut_out(images, *draws[:, 5:7].T, cutout), images)
     return images
 
 
@@ -179,9 +185,9 @@ def _translate(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor) ->
     return take_windows(padded, torch.stack([down, right], dim=1), height, width)
 
 
-def _cut_out(images: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+def _cut_out(images: torch.Tensor, row: torch.Tensor, column: torch.Tensor, fraction: float) -> torch.Tensor:
     def hidden(draw: torch.Tensor, side: int) -> torch.Tensor:
-        size = int(side * CUTOUT_FRACTION + 0.5)
+        size = int(side * fraction + 0.5)
         # an even size has its centre between two pixels, of which there is one more
         start = _whole(draw, side + 1 - size % 2) - size // 2
         position = torch.arange(side, device=draw.device)

@@ -38,7 +38,7 @@ def sample_adversarial_draws(
 
     Returns:
         `dict[str, torch.Tensor]`: On the CPU, in `[0, 1)`. `"real"`, `"fake"` and, for the second look of the
-        consistency term, `"real_again"`, `"fake_again"`: augmentations, of shape `(batch_size, 7)`. `"real_crop"`,
+        consistency term, `"real_again"`, `"fake_again"`: augmentations, of shape `(batch_size, 10)`. `"real_crop"`,
         `"fake_crop"`: windows, of shape `(batch_size, 2)`, the same for both looks at an image.
 
     Raises:
@@ -66,9 +66,10 @@ class DiscriminatorObjective(nn.Module):
       independent augmentation, mean of the two sides; 0, and no second look is taken, if its weight is 0.
     - `"logits_real"`, `"logits_fake"`: mean logits, for the record.
 
-    Differences from what public copies of the released code do: there DiffAugment is applied to half of the batches
-    and hides smaller rectangles in the first look, the discriminator's loss is scaled by the adversarial weight while
-    the consistency term is not, and the moving averages begin at 0 and are updated before they are used.
+    Differences from what public copies of the released code do: there each augmentation of the first look is applied
+    to half of the batches, here to half of the images; `"discriminator"` and `"lecam"` are scaled by the adversarial
+    weight while the consistency term is not, which with AdamW amounts to a larger `consistency_weight`; and the moving
+    averages begin at 0 and are updated before they are used.
 
     The moving averages are buffers, and saved. They are updated once per optimiser step, by `end_step`, from all
     logits of the step, so they do not depend on how a step is cut into micro-batches and processes. The first update
@@ -82,10 +83,14 @@ class DiscriminatorObjective(nn.Module):
         consistency_weight (`float`, *optional*, defaults to 4.0): Weight of the consistency term.
         diffaugment (`Sequence[str]`, *optional*, defaults to `("color", "translation", "cutout")`): Augmentations of
             all that the discriminator sees, see [`~maetok_hf.training.diffaugment.diffaugment`]; empty for none.
+        diffaugment_probability (`float`, *optional*, defaults to 0.5): Probability of each augmentation in the first
+            look and in `generator_loss`; in the second look it is 1.
+        diffaugment_cutout (`float`, *optional*, defaults to 0.2): Sides of the rectangle that `"cutout"` hides there,
+            as a fraction of the image's; in the second look it is 0.5.
 
     Raises:
-        ValueError: If a name is unknown, a weight is negative or not finite, the decay is not in `[0, 1)`, or
-            consistency is asked for without augmentation.
+        ValueError: If a name is unknown, a weight is negative or not finite, the decay is not in `[0, 1)`, a
+            probability or fraction not in `[0, 1]`, or consistency is asked for without augmentation.
     """
 
     def __init__(
@@ -96,6 +101,8 @@ class DiscriminatorObjective(nn.Module):
         lecam_decay: float = 0.999,
         consistency_weight: float = 4.0,
         diffaugment: Sequence[str] = DIFFAUGMENT_POLICIES,
+        diffaugment_probability: float = 0.5,
+        diffaugment_cutout: float = 0.2,
     ):
         super().__init__()
         check_loss_type(loss, "loss")
@@ -104,12 +111,18 @@ class DiscriminatorObjective(nn.Module):
                 raise ValueError(f"`{name}` must be finite and not negative, got {weight}.")
         if not 0 <= lecam_decay < 1:
             raise ValueError(f"`lecam_decay` must be in [0, 1), got {lecam_decay}.")
+        fractions = {"diffaugment_probability": diffaugment_probability, "diffaugment_cutout": diffaugment_cutout}
+        for name, value in fractions.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {value}.")
         self.policy = check_policy(diffaugment, "diffaugment")
         if consistency_weight > 0 and not self.policy:
             raise ValueError(
                 "`consistency_weight` compares two augmentations of an image but `diffaugment` is empty: name some or "
                 "set the weight to 0."
             )
+        self.diffaugment_probability = diffaugment_probability
+        self.diffaugment_cutout = diffaugment_cutout
         self.discriminator = discriminator
         self.loss_type = loss
         self.lecam_weight = lecam_weight
@@ -180,7 +193,7 @@ class DiscriminatorObjective(nn.Module):
         Raises:
             ValueError: If shapes do not fit.
         """
-        augmented = diffaugment(fake, draws["fake"], self.policy)
+        augmented = self._augment(fake, "fake", draws)
         return generator_loss(self.discriminator.judge(augmented, self._crop_draws(draws, ["fake"])), self.loss_type)
 
     @torch.no_grad()
@@ -210,8 +223,13 @@ class DiscriminatorObjective(nn.Module):
     ) -> Sequence[torch.Tensor]:
         """Logits of each look, from a single pass: one power iteration, and the same weights for all."""
         sides = {"real": real, "fake": fake}
-        images = [diffaugment(sides[look.removesuffix("_again")], draws[look], self.policy) for look in looks]
+        images = [self._augment(sides[look.removesuffix("_again")], look, draws) for look in looks]
         return self.discriminator(torch.cat(images), self._crop_draws(draws, looks)).chunk(len(looks))
+
+    def _augment(self, images: torch.Tensor, look: str, draws: dict[str, torch.Tensor]) -> torch.Tensor:
+        if look.endswith("_again"):
+            return diffaugment(images, draws[look], self.policy)
+        return diffaugment(images, draws[look], self.policy, self.diffaugment_probability, self.diffaugment_cutout)
 
     def _crop_draws(self, draws: dict[str, torch.Tensor], looks: list[str]) -> torch.Tensor | None:
         if self.discriminator.input_mode != "crop":

@@ -16,18 +16,21 @@ import torch.distributed
 
 logger = logging.getLogger(__name__)
 
+# Seconds within which SIGINTs are one: Ctrl-C reaches a process both from the terminal and from its launcher.
+REPEATED_AFTER = 2.0
+
 
 class StopRequest:
     """
     Turns SIGTERM and SIGINT into a request that the training loop reads between two steps.
 
-    A second SIGINT raises `KeyboardInterrupt` at once. A run started by `accelerate launch` also stops when its
-    launcher disappears, which a signal sent to the launcher alone would otherwise turn into a run that nobody knows
-    of.
+    A second SIGINT, some seconds later, raises `KeyboardInterrupt` at once. A run started by `accelerate launch` also
+    stops when its launcher disappears, which a signal sent to the launcher alone would otherwise turn into a run that
+    nobody knows of.
     """
 
     def __init__(self):
-        self.signal_number = 0
+        self.signal_number, self._received = 0, 0.0
         self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
         # A group of its own on the CPU: asking must neither wait for the accelerator nor disturb its collectives.
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -41,9 +44,10 @@ class StopRequest:
         self._group = None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal_number == signal.SIGINT:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.signal_number == signal.SIGINT and now - self._received > REPEATED_AFTER:
             raise KeyboardInterrupt
-        self.signal_number = number
+        self.signal_number, self._received = number, now
 
     def agreed(self) -> int:
         """

@@ -1,6 +1,7 @@
 """Mask modelling: how many patches of each image are replaced by the mask token, and which (MAETok, section 3.2)."""
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -63,27 +64,30 @@ def sample_mask_ratio(
     if density == "uniform":
         return min(low + (high - low) * uniform.item(), high)
 
-    bounds = (torch.tensor([low, high], dtype=torch.float64, device=generator.device) - mean) / std
-    cdf_low, cdf_high = torch.special.ndtr(bounds)
+    normal = statistics.NormalDist(mean, std)
+    cdf_low, cdf_high = normal.cdf(low), normal.cdf(high)
     mass = cdf_high - cdf_low
     if mass < _MIN_TRUNCATED_MASS:
         raise ValueError(
             f"a normal with `mean`={mean} and `std`={std} has no mass in [{low}, {high}]: move the mean closer to the "
             "bounds or raise `std`."
         )
-    ratio = mean + std * torch.special.ndtri(cdf_low + uniform * mass)
-    return min(max(ratio.item(), low), high)
+    return min(max(normal.inv_cdf(cdf_low + uniform.item() * mass), low), high)
 
 
 def linear_mask_ratio(step: int, num_steps: int, start: float = 0.6, end: float = 0.0) -> float:
     """
     Mask ratio of decoder fine-tuning, going linearly from `start` to `end` (MAETok, section 3.3).
 
+    Over `num_steps` steps means that the first of them has `start` and the last, step `num_steps - 1`, has `end`: a
+    run of just as many steps ends without masks. Because a mask has `ceil(ratio * N)` patches, that step is the first
+    without any, and the steps before it mask a single one.
+
     Args:
         step (`int`): Optimiser step, counted from 0.
-        num_steps (`int`): Step at which `end` is reached; it stays there afterwards.
+        num_steps (`int`): Steps of the way, both ends included; a single one has `end`.
         start (`float`, *optional*, defaults to 0.6): Ratio at step 0.
-        end (`float`, *optional*, defaults to 0.0): Ratio from `num_steps` on.
+        end (`float`, *optional*, defaults to 0.0): Ratio from step `num_steps - 1` on.
 
     Returns:
         `float`: Fraction of the patches to mask.
@@ -97,7 +101,7 @@ def linear_mask_ratio(step: int, num_steps: int, start: float = 0.6, end: float 
         raise ValueError(f"`step` must not be negative, got {step}.")
     if num_steps <= 0:
         raise ValueError(f"`num_steps` must be positive, got {num_steps}.")
-    progress = min(step / num_steps, 1.0)
+    progress = min(step / (num_steps - 1), 1.0) if num_steps > 1 else 1.0
     return (1.0 - progress) * start + progress * end
 
 

@@ -66,7 +66,8 @@ def find_checkpoint(output_dir: str | Path, resume_from: str) -> Path | None:
     if newer:
         raise ValueError(
             f"`resume_from_checkpoint` {resume_from!r} is at step {step}, but {output_dir} also has "
-            f"{', '.join(newer)}: remove those, or continue in another `output_dir`."
+            f"{', '.join(newer)}: continue from the newest with `--resume_from_checkpoint latest`, or go back in "
+            "another `output_dir`."
         )
     return path
 

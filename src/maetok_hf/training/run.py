@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, ProjectConfiguration
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 
@@ -20,13 +20,15 @@ from .interruption import RunLock, StopRequest
 from .progress import TrainingMonitor
 from .recipes import OptimizationRecipe
 from .resumption import complete_checkpoints
-from .run_options import TokenizerRunOptions
+from .run_options import RunOptions
 from .sharding import configure_sharding, full_tensor
 from .stability import StepGuard
 from .tracking import Trackers, check_tracker, tracker_config, tracker_init_kwargs
 
 
 logger = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # of torch's launcher, in seconds
 
 UPLOAD_TIMEOUT = 900.0
 # whoever sends the signal, a cluster for example, will not wait for long
@@ -79,7 +81,7 @@ class TrainingRun:
 
     Args:
         recipe ([`OptimizationRecipe`]): What is trained.
-        options ([`TokenizerRunOptions`]): Where, and how it is reported.
+        options ([`RunOptions`]): Where, and how it is reported.
         description (`str`): A word or two for the progress bar.
         supports_deepspeed (`bool`, *optional*, defaults to `False`): See [`configure_sharding`].
 
@@ -96,7 +98,7 @@ class TrainingRun:
     def __init__(
         self,
         recipe: OptimizationRecipe,
-        options: TokenizerRunOptions,
+        options: RunOptions,
         description: str,
         supports_deepspeed: bool = False,
     ):
@@ -173,10 +175,20 @@ class TrainingRun:
                 "it, or choose another `output_dir`."
             )
         if resumed.step < recipe.max_train_steps:
-            self._checkpointer.check_disk_space()
+            size = self._checkpointer.check_disk_space()
+            if "TORCHELASTIC_RUN_ID" in os.environ and SHUTDOWN_TIMEOUT not in os.environ and size > 1e9:
+                logger.info(
+                    "A checkpoint has %.1f GB. When torch's launcher is told to stop, it kills the processes 30 s "
+                    "later, whether it is saved by then or not: set %s=600 in its environment.",
+                    size / 1e9,
+                    SHUTDOWN_TIMEOUT,
+                )
         self.extra = resumed.extra
         # a gradient scaler decides about the steps of the optimisers it serves
         unscaled = [optimizer.optimizer for optimizer in optimizers if optimizer.scaler is None]
+        self._is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self._is_deepspeed:
+            unscaled = []
         self._guard = StepGuard(unscaled, options.max_skipped_steps, self.device)
         self._guard.load(resumed.extra.get("skipped_steps", 0))
         self._taken: torch.Tensor | None = None
@@ -210,6 +222,10 @@ class TrainingRun:
         self.accelerator.init_trackers(project, config=config, init_kwargs=kwargs)
         return Trackers(self.accelerator.trackers)
 
+    def sum(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, on the CPU."""
+        return self.accelerator.reduce(counts.to(self.device)).cpu()
+
     def average(self, values: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes."""
         return self.accelerator.reduce(values, reduction="mean")
@@ -224,8 +240,17 @@ class TrainingRun:
 
         Args:
             gradient_norms (`Mapping[str, torch.Tensor]`): Norms by the name under which they are reported.
+
+        Raises:
+            FloatingPointError: If one is not finite under DeepSpeed, which cannot skip a step.
         """
-        norms = {name: full_tensor(norm) for name, norm in gradient_norms.items()}
+        norms = {name: full_tensor(torch.as_tensor(norm, device=self.device)) for name, norm in gradient_norms.items()}
+        if self._is_deepspeed and not all(norm.isfinite() for norm in norms.values()):
+            raise FloatingPointError(
+                "A gradient is not finite, and DeepSpeed has taken the step already: the weights are lost, the last "
+                "checkpoint is as it was. Lower the learning rate, or launch with "
+                "examples/accelerate_configs/ddp.yaml or fsdp2.yaml, where such steps are skipped."
+            )
         self._taken = self._guard.admit(norms.values())
         self.monitor.add(norms)
 
@@ -319,7 +344,8 @@ class TrainingRun:
             )
         if self._signal_number:
             self.accelerator.print(
-                f"Stopped by signal {self._signal_number} after step {step + 1}: the same command continues."
+                f"Stopped by signal {self._signal_number} after step {step + 1}: the same command continues, with "
+                "`--resume_from_checkpoint latest`, which is the default."
             )
             self.close(UPLOAD_TIMEOUT_AFTER_SIGNAL)
             raise SystemExit(128 + self._signal_number)

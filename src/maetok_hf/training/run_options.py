@@ -45,6 +45,21 @@ class RunOptions:
             `"none"` starts anew and refuses a folder with checkpoints; a path continues from that one.
         logging_steps (`int`, *optional*, defaults to 50):
             Steps between entries of `training_log.jsonl`.
+        max_skipped_steps (`int`, *optional*, defaults to 20):
+            A step whose gradient is not finite is skipped; after this many in a row the run stops.
+        torch_compile (`bool`, *optional*, defaults to `False`):
+            Compile the transformer blocks of what is trained with `torch.compile`.
+        report_to (`str`, *optional*, defaults to `"tensorboard"`):
+            Tracker of losses and pictures: `"tensorboard"`, `"wandb"`, `"trackio"`, or `"none"`; `training_log.jsonl`
+            is written in any case.
+        tracker_project_name (`str`, *optional*):
+            Project under which the tracker keeps the run; `"maetok_hf"` by default.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Upload the moving average with its card to the Hub at every checkpoint, in the background, and at the end.
+        hub_model_id (`str`, *optional*):
+            Hub repository of the upload; by default the name of `output_dir`, in the user's own namespace.
+        hub_private_repo (`bool`, *optional*, defaults to `False`):
+            Make that repository private when it is created.
     """
 
     output_dir: str
@@ -63,6 +78,13 @@ class RunOptions:
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str = "latest"
     logging_steps: int = 50
+    max_skipped_steps: int = 20
+    torch_compile: bool = False
+    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    tracker_project_name: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
 
     def __post_init__(self):
         for name in (
@@ -70,6 +92,7 @@ class RunOptions:
             "checkpointing_steps",
             "checkpoints_total_limit",
             "logging_steps",
+            "max_skipped_steps",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -77,6 +100,14 @@ class RunOptions:
             raise ValueError(f"`dataloader_num_workers` must be 0 or more, got {self.dataloader_num_workers}.")
         if self.num_streams is not None and self.num_streams < 1:
             raise ValueError(f"`num_streams` must be at least 1, got {self.num_streams}.")
+        if self.tracker_project_name is not None and self.report_to == "none":
+            raise ValueError(
+                f"`tracker_project_name` = {self.tracker_project_name!r} has no effect with `report_to` = 'none': "
+                "remove it."
+            )
+        for name in ("hub_model_id", "hub_private_repo"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect without `push_to_hub`: remove it.")
 
     def micro_batch_size(self, total_batch_size: int, num_processes: int) -> int:
         """
@@ -118,21 +149,6 @@ class TokenizerRunOptions(RunOptions):
             Training images on which the latents' mean and standard deviation are measured for every checkpoint: 1024
             by default, or all if there are fewer. The final export uses the recipe's `latent_statistics_images`. Not
             accepted where the latents stay as they are.
-        max_skipped_steps (`int`, *optional*, defaults to 20):
-            A step whose gradient is not finite is skipped; after this many in a row the run stops.
-        torch_compile (`bool`, *optional*, defaults to `False`):
-            Compile the transformer blocks of the tokenizer, and of its auxiliary decoders, with `torch.compile`.
-        report_to (`str`, *optional*, defaults to `"tensorboard"`):
-            Tracker of losses and pictures: `"tensorboard"`, `"wandb"`, `"trackio"`, or `"none"`; `training_log.jsonl`
-            is written in any case.
-        tracker_project_name (`str`, *optional*):
-            Project under which the tracker keeps the run; `"maetok_hf"` by default.
-        push_to_hub (`bool`, *optional*, defaults to `False`):
-            Upload the moving average with its card to the Hub at every checkpoint, in the background, and at the end.
-        hub_model_id (`str`, *optional*):
-            Hub repository of the upload; by default the name of `output_dir`, in the user's own namespace.
-        hub_private_repo (`bool`, *optional*, defaults to `False`):
-            Make that repository private when it is created.
     """
 
     dataset_name: str = "ILSVRC/imagenet-1k"
@@ -142,13 +158,6 @@ class TokenizerRunOptions(RunOptions):
     num_validation_images: int | None = None
     validation_steps: int | None = None
     checkpoint_statistics_images: int | None = None
-    max_skipped_steps: int = 20
-    torch_compile: bool = False
-    report_to: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    tracker_project_name: str | None = None
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    hub_private_repo: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,7 +165,6 @@ class TokenizerRunOptions(RunOptions):
             "num_validation_images",
             "validation_steps",
             "checkpoint_statistics_images",
-            "max_skipped_steps",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -166,14 +174,6 @@ class TokenizerRunOptions(RunOptions):
                     f"`{name}` = {getattr(self, name)} has no effect without `validation_split`: name the split, or "
                     "remove it."
                 )
-        if self.tracker_project_name is not None and self.report_to == "none":
-            raise ValueError(
-                f"`tracker_project_name` = {self.tracker_project_name!r} has no effect with `report_to` = 'none': "
-                "remove it."
-            )
-        for name in ("hub_model_id", "hub_private_repo"):
-            if getattr(self, name) and not self.push_to_hub:
-                raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect without `push_to_hub`: remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,21 +184,42 @@ class SiTRunOptions(RunOptions):
     Args:
         tokenizer_name_or_path (`str`):
             Trained tokenizer (folder or Hub repository) with latent statistics; it stays frozen.
+        dataset_name (`str`, *optional*):
+            Hub repository or local folder of images, as `datasets.load_dataset` takes it; each batch is encoded when
+            it is needed. Either this or `latents_name_or_path` is given.
+        latents_name_or_path (`str`, *optional*):
+            Folder or Hub data set of latents that `cache_latents.py` has made with this tokenizer.
         label_column (`str`, *optional*):
             Column with the class labels; found from the data set's features by default.
-        cache_latents (`bool`, *optional*, defaults to `False`):
-            Encode every image once before the training (and its mirror image if the recipe flips) and keep the latents
-            in `output_dir`, instead of encoding each batch.
+        pretrained_model_name_or_path (`str`, *optional*):
+            Trained pipeline (folder or Hub repository) whose transformer is fine-tuned: required by recipes with
+            `finetuning`, not accepted by others.
+        validation_steps (`int`, *optional*):
+            Steps between pictures of samples of the moving average, always of the same classes and noise; by default
+            there is one at the end only.
+        num_validation_images (`int`, *optional*, defaults to 16):
+            Samples of a picture.
     """
 
     tokenizer_name_or_path: str
+    dataset_name: str | None = None
+    latents_name_or_path: str | None = None
     label_column: str | None = None
-    cache_latents: bool = False
+    pretrained_model_name_or_path: str | None = None
+    validation_steps: int | None = None
+    num_validation_images: int = 16
 
     def __post_init__(self):
         super().__post_init__()
-        if self.cache_latents and self.num_streams is not None:
+        if (self.dataset_name is None) == (self.latents_name_or_path is None):
             raise ValueError(
-                f"`num_streams` = {self.num_streams} has no effect with `cache_latents`, which reads each image once: "
-                "remove it."
+                f"`dataset_name` = {self.dataset_name!r} and `latents_name_or_path` = {self.latents_name_or_path!r}: "
+                "give one of the two, images or their latents."
             )
+        if self.latents_name_or_path is not None:
+            for name in ("dataset_config_name", "image_column", "label_column", "cache_dir", "train_split"):
+                if getattr(self, name) not in (None, "train"):
+                    raise ValueError(f"`{name}` has no effect with `latents_name_or_path`: remove it.")
+        for name in ("num_validation_images", "validation_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")

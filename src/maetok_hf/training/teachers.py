@@ -21,6 +21,7 @@ _STATISTICS = {
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class TeacherTarget(nn.Module):
@@ -168,8 +169,8 @@ def load_teacher(
 
     Weights are read from safetensors only. Class and register tokens are dropped, learned positions interpolated to
     the image, and parts that do not reach the patch tokens (SigLIP's text tower and pooling head) not loaded.
-    Normalisation statistics are those of the repository's image processor; where it has none, they are those of the
-    published checkpoints of its kind, ImageNet's for DINOv2 and 0.5 for SigLIP, and a warning is logged.
+    Normalisation statistics are those of the repository's image processor; where it is known to have none, they are
+    those of the published checkpoints of its kind, ImageNet's for DINOv2 and 0.5 for SigLIP, and a warning is logged.
 
     The released code of MAETok uses DINOv2-Large, `facebook/dinov2-large`, and SigLIP so400m,
     `google/siglip-so400m-patch14-224`; the paper says SigLIP-Large, `google/siglip-large-patch16-256`.
@@ -191,8 +192,9 @@ def load_teacher(
         [`TeacherTarget`]: Frozen, with `feature_dim` of the model's width.
 
     Raises:
-        OSError: If the model cannot be found or read.
-        ValueError: If `kind` or `feature_loss` is unknown, the model is of another kind or lacks weights.
+        OSError: If the model or its image processor cannot be found or read.
+        ValueError: If `kind` or `feature_loss` is unknown, the model is of another kind or lacks weights, or its image
+            processor does not say how to normalise images.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -253,16 +255,50 @@ def _image_statistics(kind: str, pretrained_model_name_or_path: str | os.PathLik
     """Mean and standard deviation of the repository's image processor, or of the kind's published checkpoints."""
     from transformers import ImageProcessingMixin
 
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(pretrained_model_name_or_path)
-        return settings["image_mean"], settings["image_std"]
-    except (OSError, KeyError) as error:
+    name = os.fspath(pretrained_model_name_or_path)
+    with explained_loading(name):
+        try:
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        except OSError:
+            # raised where there is no image processor and where it was not possible to look
+            if not _lacks_image_processor(name):
+                raise
+            settings = None
+    if settings is None:
         logger.warning(
-            "%s has no image processor that says how to normalise images (%s): using mean %s and standard deviation "
-            "%s, those of the published %s checkpoints.",
-            os.fspath(pretrained_model_name_or_path),
-            type(error).__name__,
+            "%s has no image processor that says how to normalise images: using mean %s and standard deviation %s, "
+            "those of the published %s checkpoints.",
+            name,
             *_STATISTICS[kind],
             kind,
         )
         return _STATISTICS[kind]
+    for statistic in ("image_mean", "image_std"):
+        if settings.get(statistic) is None:
+            raise ValueError(
+                f"the image processor of {name!r} has no `{statistic}`: write those that the teacher was trained with "
+                f"into its `{PROCESSOR_FILES[0]}`."
+            )
+    return settings["image_mean"], settings["image_std"]
+
+
+def _lacks_image_processor(name: str) -> bool:
+    """Whether a folder or repository is known to have no file of an image processor; `OSError` if that is unknown."""
+    if os.path.isdir(name):
+        return not any(os.path.isfile(os.path.join(name, file)) for file in PROCESSOR_FILES)
+    return all(_is_known_to_be_missing(name, file) for file in PROCESSOR_FILES)
+
+
+def _is_known_to_be_missing(repository: str, file: str) -> bool:
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    if try_to_load_from_cache(repository, file) is _CACHED_NO_EXIST:
+        return True
+    try:
+        hf_hub_download(repository, file)
+    except LocalEntryNotFoundError:  # not here, and the Hub could not be asked
+        raise
+    except EntryNotFoundError:
+        return True
+    return False

@@ -1,4 +1,7 @@
-"""From a recipe to the modules of a tokenizer's training run: what is trained, and the frozen networks beside it."""
+"""
+From a recipe to the modules of a tokenizer's training run: what is trained, and the frozen networks beside it. Weights
+are initialised from seeds of their own, and the random state of the caller stays what it is.
+"""
 
 import torch
 
@@ -15,6 +18,7 @@ from .tokenizer_objective import TokenizerObjective
 from .tokenizer_recipe import TokenizerRecipe
 
 
+@torch.random.fork_rng(devices=[])
 def make_tokenizer(recipe: TokenizerRecipe, seed: int, pretrained_model_name_or_path: str | None) -> AutoencoderMAE:
     """
     The tokenizer to train: freshly initialised in stage 1, an existing one in stage 2.
@@ -36,7 +40,7 @@ def make_tokenizer(recipe: TokenizerRecipe, seed: int, pretrained_model_name_or_
             f"{pretrained_model_name_or_path!r} and the recipe's `stage` is {recipe.stage!r}."
         )
     if pretrained_model_name_or_path is None:
-        torch.manual_seed(keyed_seed(seed, "initialisation"))
+        torch.default_generator.manual_seed(keyed_seed(seed, "initialisation"))
         tokenizer = AutoencoderMAE(sample_size=recipe.resolution, **recipe.model)
     else:
         tokenizer = AutoencoderMAE.from_pretrained(pretrained_model_name_or_path)
@@ -83,6 +87,7 @@ def make_caption_tokenizer(recipe: TokenizerRecipe) -> CaptionTokenizer | None:
     return CaptionTokenizer.from_pretrained(recipe.text_tokenizer, max_length=recipe.text_length)
 
 
+@torch.random.fork_rng(devices=[])
 def make_discriminator_objective(recipe: TokenizerRecipe, seed: int) -> DiscriminatorObjective | None:
     """
     The discriminator and its losses, `None` if the recipe trains without.
@@ -93,7 +98,7 @@ def make_discriminator_objective(recipe: TokenizerRecipe, seed: int) -> Discrimi
     """
     if recipe.adversarial_weight == 0:
         return None
-    torch.manual_seed(keyed_seed(seed, "initialisation of the discriminator"))
+    torch.default_generator.manual_seed(keyed_seed(seed, "initialisation of the discriminator"))
     discriminator = Discriminator.from_timm(
         recipe.discriminator_model, recipe.discriminator_input, recipe.discriminator_image_size
     )
@@ -104,9 +109,12 @@ def make_discriminator_objective(recipe: TokenizerRecipe, seed: int) -> Discrimi
         lecam_decay=recipe.lecam_decay,
         consistency_weight=recipe.consistency_weight,
         diffaugment=recipe.diffaugment,
+        diffaugment_probability=recipe.diffaugment_probability,
+        diffaugment_cutout=recipe.diffaugment_cutout,
     )
 
 
+@torch.random.fork_rng(devices=[])
 def make_tokenizer_objective(
     recipe: TokenizerRecipe,
     tokenizer: AutoencoderMAE,
@@ -137,11 +145,11 @@ def make_tokenizer_objective(
     decoders, text_decoder, perceptual = {}, None, None
     for name, target in targets.items():
         # each from a seed of its own, so that an ablation leaves the others as they were
-        torch.manual_seed(keyed_seed(seed, f"initialisation of the {name} decoder"))
+        torch.default_generator.manual_seed(keyed_seed(seed, f"initialisation of the {name} decoder"))
         decoders[name] = AuxiliaryDecoder.from_tokenizer_config(tokenizer.config, target.feature_dim, **sizes)
         weights[name] = getattr(recipe, f"{name}_weight")
     if caption_tokenizer is not None:
-        torch.manual_seed(keyed_seed(seed, "initialisation of the text decoder"))
+        torch.default_generator.manual_seed(keyed_seed(seed, "initialisation of the text decoder"))
         text_decoder = TextDecoder.from_tokenizer_config(
             tokenizer.config, caption_tokenizer.vocab_size, caption_tokenizer.max_length, **sizes
         )

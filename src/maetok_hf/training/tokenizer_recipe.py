@@ -56,9 +56,10 @@ class TokenizerRecipe(OptimizationRecipe):
         mask_ratio_start (`float`, *optional*, defaults to 0.6):
             Mask ratio of decoder fine-tuning at its first step.
         mask_ratio_end (`float`, *optional*, defaults to 0.0):
-            Mask ratio of decoder fine-tuning once its decay is over.
+            Mask ratio of decoder fine-tuning at the last step of its decay and after it.
         mask_ratio_decay_steps (`int`, *optional*, defaults to 50000):
-            Steps over which that ratio falls linearly.
+            Steps over which that ratio falls linearly, both ends included: with 0 at the end, the last of them is the
+            first that masks nothing.
         reconstruction_weight (`float`, *optional*, defaults to 1.0):
             Weight of the pixel mean squared error.
         kl_weight (`float`, *optional*, defaults to 1e-6):
@@ -92,12 +93,21 @@ class TokenizerRecipe(OptimizationRecipe):
             Peak learning rate of the discriminator's heads; scaled and scheduled like `learning_rate`.
         diffaugment (`list[str]`, *optional*, defaults to `["color", "translation", "cutout"]`):
             Differentiable augmentations of all images the discriminator sees; empty for none.
+        diffaugment_probability (`float`, *optional*, defaults to 0.5):
+            Probability of each of them, for an image that is judged real or fake (the released code, which decides for
+            a whole batch; 1 for DiffAugment as its authors, whom the paper cites, define it). The second look of the
+            consistency term always has all of them.
+        diffaugment_cutout (`float`, *optional*, defaults to 0.2):
+            Sides of the rectangle that `"cutout"` hides there, as a fraction of the image's (the released code; 0.5
+            for DiffAugment as its authors define it). In the second look of the consistency term it is always 0.5.
         lecam_weight (`float`, *optional*, defaults to 1e-3):
             Weight of the LeCam regularisation of the discriminator; 0 for none.
         lecam_decay (`float`, *optional*, defaults to 0.999):
             Decay per step of the mean logits that it compares with.
         consistency_weight (`float`, *optional*, defaults to 4.0):
-            Weight of the discriminator's consistency under two augmentations (released code); 0 for none.
+            Weight of the discriminator's consistency under two augmentations; 0 for none. 4 is the number in the
+            released configurations, whose code multiplies the discriminator's other terms by `adversarial_weight`: in
+            its balance, 4 with 0.4 is 10 here.
         auxiliary_targets (`list[str]`, *optional*, defaults to `["hog", "dinov2", "siglip"]`):
             What shallow auxiliary decoders predict: features at masked patches, or `"text"`, the tokens of the
             caption. Empty for none.
@@ -174,6 +184,8 @@ class TokenizerRecipe(OptimizationRecipe):
     diffaugment: list[Literal["color", "translation", "cutout"]] = field(
         default_factory=lambda: ["color", "translation", "cutout"]
     )
+    diffaugment_probability: float = 0.5
+    diffaugment_cutout: float = 0.2
     lecam_weight: float = 1e-3
     lecam_decay: float = 0.999
     consistency_weight: float = 4.0
@@ -215,6 +227,7 @@ class TokenizerRecipe(OptimizationRecipe):
         check_at_least_zero(self, "adversarial_start_step", "adversarial_warmup_steps")
         check_fraction(self, "mask_ratio_mean", "mask_ratio_min", "mask_ratio_max")
         check_fraction(self, "mask_ratio_start", "mask_ratio_end")
+        check_fraction(self, "diffaugment_probability", "diffaugment_cutout")
         check_fraction(self, "lecam_decay", below_one=True)
         if self.mask_ratio_min > self.mask_ratio_max:
             raise ValueError(
@@ -253,6 +266,12 @@ class TokenizerRecipe(OptimizationRecipe):
                 f"`adversarial_start_step` = {self.adversarial_start_step} is not before the end of the run, "
                 f"`max_train_steps` = {self.max_train_steps}: lower it, or leave the discriminator out with "
                 "`adversarial_weight` 0."
+            )
+        unweighted = [name for name in self.auxiliary_targets if getattr(self, f"{name}_weight") == 0]
+        if unweighted:
+            raise ValueError(
+                f"`{unweighted[0]}_weight` is 0, but {unweighted[0]!r} is one of the `auxiliary_targets`, which would "
+                "be predicted for nothing: remove it from these."
             )
         if self.consistency_weight > 0 and not self.diffaugment:
             raise ValueError(
@@ -381,10 +400,15 @@ class TokenizerRecipe(OptimizationRecipe):
         if self.perceptual_weight == 0:
             leave("`perceptual_weight` is 0", "perceptual_network", "perceptual_warmup_steps")
         if self.adversarial_weight == 0:
-            adversarial = [name for name in names if name.startswith(("adversarial_", "discriminator_", "lecam_"))]
-            adversarial += ["adaptive_adversarial_weight", "diffaugment", "consistency_weight"]
+            prefixes = ("adversarial_", "discriminator_", "diffaugment", "lecam_")
+            adversarial = [name for name in names if name.startswith(prefixes)]
+            adversarial += ["adaptive_adversarial_weight", "consistency_weight"]
             adversarial.remove("adversarial_weight")
             leave("`adversarial_weight` is 0", *adversarial)
+        if not self.diffaugment:
+            leave("`diffaugment` is empty", "diffaugment_probability")
+        if "cutout" not in self.diffaugment:
+            leave("'cutout' is not in `diffaugment`", "diffaugment_cutout")
         if self.lecam_weight == 0:
             leave("`lecam_weight` is 0", "lecam_decay")
         if not self.mixed_resolutions:

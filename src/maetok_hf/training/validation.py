@@ -174,20 +174,37 @@ def reconstruction_grid(images: torch.Tensor, reconstructions: torch.Tensor, col
         ValueError: If the shapes differ, there is no image, or `columns` is not positive.
     """
     _check_shapes(reconstructions, images)
+    # directly below: a difference at the common edge shows
+    return image_grid(torch.cat([images, reconstructions], dim=2), columns, row_gap=2 * SEPARATOR)
+
+
+def image_grid(images: torch.Tensor, columns: int = 8, row_gap: int = SEPARATOR) -> np.ndarray:
+    """
+    A picture of images side by side.
+
+    Args:
+        images (`torch.Tensor` of shape `(num_images, channels, height, width)`): Images in `[-1, 1]` of 3 channels, or
+            of one, shown in grey; they are clamped, NaN is black.
+        columns (`int`, *optional*, defaults to 8): Images side by side; further ones follow below.
+        row_gap (`int`, *optional*, defaults to 2): Pixels between rows.
+
+    Returns:
+        `numpy.ndarray` of shape `(height, width, 3)`: The picture, uint8, on a white background.
+
+    Raises:
+        ValueError: If there is no image, or `columns` is not positive.
+    """
     if len(images) == 0 or columns < 1:
         raise ValueError(f"`images` and `columns` must be at least one, got {len(images)} and {columns}.")
-    pairs = torch.stack([_to_uint8(images), _to_uint8(reconstructions)], dim=1)
-    pairs = pairs.expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2).numpy()
-    count, _, height, width, _ = pairs.shape
+    tiles = _to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    count, height, width, _ = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    step_y, step_x = 2 * height + 2 * SEPARATOR, width + SEPARATOR
-    picture = np.full((rows * step_y - 2 * SEPARATOR, columns * step_x - SEPARATOR, 3), 255, dtype=np.uint8)
-    for index, (image, reconstruction) in enumerate(pairs):
+    step_y, step_x = height + row_gap, width + SEPARATOR
+    picture = np.full((rows * step_y - row_gap, columns * step_x - SEPARATOR, 3), 255, dtype=np.uint8)
+    for index, tile in enumerate(tiles):
         y, x = index // columns * step_y, index % columns * step_x
-        picture[y : y + height, x : x + width] = image
-        y += height  # directly below: a difference at the common edge shows
-        picture[y : y + height, x : x + width] = reconstruction
+        picture[y : y + height, x : x + width] = tile
     return picture
 
 
