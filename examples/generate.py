@@ -13,6 +13,12 @@ Some classes, by index or name, as PNG files, by another solver:
     accelerate launch examples/generate.py --pretrained_model_name_or_path outputs/demo/pipeline \
         --output_dir outputs/demo-samples --class_labels 7,9 --num_images 20 --scheduler heun --num_inference_steps 25
 
+Autoguidance, by the moving average of an early checkpoint of the same training:
+
+    accelerate launch examples/generate.py --pretrained_model_name_or_path outputs/sit-xl \
+        --guidance_transformer_name_or_path outputs/sit-xl/checkpoint-1000000/transformer_ema --guidance_scale 1.5 \
+        --output_dir outputs/sit-xl-autoguided
+
 What lies in `output_dir` at the end:
 
 - `settings.json`: the protocol, which every number measured on the set should be printed with; written before the
@@ -42,6 +48,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from diffusers import AutoModel
 
 from maetok_hf import MAETokDiffusionPipeline
 from maetok_hf.sampling import (
@@ -89,11 +96,13 @@ def parse_options() -> GenerateOptions:
 
 def load_pipeline(options: GenerateOptions, accelerator: Accelerator) -> MAETokDiffusionPipeline:
     """The pipeline on this process's device, with the scheduler that is asked for."""
+    dtype, components = getattr(torch, options.dtype), {}
     with accelerator.local_main_process_first():
+        if options.guidance_transformer_name_or_path is not None:
+            weak = AutoModel.from_pretrained(options.guidance_transformer_name_or_path, torch_dtype=dtype)
+            components = {"guidance_transformer": weak}
         pipe = MAETokDiffusionPipeline.from_pretrained(
-            options.pretrained_model_name_or_path,
-            revision=options.revision,
-            torch_dtype=getattr(torch, options.dtype),
+            options.pretrained_model_name_or_path, revision=options.revision, torch_dtype=dtype, **components
         )
     pipe.set_progress_bar_config(disable=True)
     if options.scheduler is not None:

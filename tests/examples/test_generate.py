@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 import psutil
 import pytest
+import torch
 
 from tests.pipelines.helpers import tiny_pipeline
 
@@ -275,3 +276,17 @@ def test_two_processes_that_are_killed_and_continued_give_the_set_of_one(launch,
     one, two = settings_in(tmp_path / "one"), settings_in(tmp_path / "two")
     assert one["settings"] == two["settings"]
     assert [run["num_processes"] for run in two["runs"]] == [2]
+
+
+def test_an_early_checkpoint_guides_a_later_one(run_here, flags, pipeline_folder, tmp_path):
+    weak = tiny_pipeline("sde", NAMES).transformer
+    with torch.no_grad():
+        for parameter in weak.parameters():
+            parameter.mul_(0.5)
+    weak.save_pretrained(tmp_path / "weak")
+    guided = ["--guidance_transformer_name_or_path", tmp_path / "weak"]
+    run_here("generate", *flags, "--output_dir", tmp_path / "plain")
+    run_here("generate", *flags, *guided, "--output_dir", tmp_path / "guided")
+    assert settings_in(tmp_path / "guided")["settings"]["guidance_method"] == "autoguidance"
+    assert "guidance_transformer" in settings_in(tmp_path / "guided")["settings"]["digests"]
+    assert (pixels_in(tmp_path / "plain") != pixels_in(tmp_path / "guided")).any()

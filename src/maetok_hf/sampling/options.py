@@ -17,6 +17,9 @@ class GenerateOptions:
             Pipeline to sample from: a folder or a Hub repository.
         revision (`str`, *optional*):
             Branch, tag or commit of the Hub repository.
+        guidance_transformer_name_or_path (`str`, *optional*):
+            Weaker transformer for autoguidance, a folder or a Hub repository, such as `transformer_ema` of an early
+            checkpoint of the training; by default the pipeline's own, if it has one.
         output_dir (`str`):
             Folder of the set, on a file system that all processes share.
         num_images (`int`, *optional*, defaults to 50000):
@@ -54,6 +57,7 @@ class GenerateOptions:
 
     pretrained_model_name_or_path: str
     revision: str | None = None
+    guidance_transformer_name_or_path: str | None = None
     output_dir: str
     num_images: int = 50_000
     class_labels: list[str] = field(default_factory=lambda: ["all"])
