@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks setup.py
 
-.PHONY: demo test test-slow quality style clean
+.PHONY: demo study-generators test test-slow quality style clean
 
 # The stamp is remade when the requirements change; an interrupted installation leaves none and is repeated.
 $(VENV)/installed: setup.py pyproject.toml
@@ -25,6 +25,10 @@ $(VENV)/installed: setup.py pyproject.toml
 # Trains a tokenizer and a generator on real images, then samples from the saved pipeline: see examples/demo.py.
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+# Trains SiT, LightningDiT and USiT on the demonstration's latents and compares ways to guide them: about half an hour.
+study-generators: $(VENV)/installed
+	$(BIN)/python -m benchmarks.study_generators
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

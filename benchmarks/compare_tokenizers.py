@@ -29,7 +29,7 @@ import maetok_hf
 from maetok_hf import AutoencoderMAE, normalize_latents
 from maetok_hf.analysis import collect_latents, fit_linear_probe
 from maetok_hf.data import export_mnist
-from maetok_hf.training.latent_statistics import encode_latents
+from maetok_hf.training.latent_encoding import encode_tokens
 from maetok_hf.training.recipes import load_recipe, recipe_to_dict
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 from maetok_hf.training.validation import peak_signal_to_noise_ratio
@@ -143,7 +143,7 @@ def measure(tokenizer: AutoencoderMAE, train: Split, held_out: Split) -> dict[st
     """What is compared: everything on held-out images, without masks."""
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        return normalize_latents(encode_latents(tokenizer, images.to(tokenizer.device)), tokenizer.config)
+        return normalize_latents(encode_tokens(tokenizer, images.to(tokenizer.device)), tokenizer.config)
 
     psnr = [
         peak_signal_to_noise_ratio(tokenizer(images.to(tokenizer.device)).sample, images)

@@ -64,10 +64,9 @@ from maetok_hf.training.latent_encoding import (
     encode_grid,
     encoder_digest,
     load_tokenizer,
-    summarize_statistics,
     to_tokens,
 )
-from maetok_hf.training.latent_statistics import LatentStatistics
+from maetok_hf.training.latent_statistics import LatentStatistics, summarize_statistics
 from maetok_hf.training.resumption import check_identity
 
 

@@ -57,8 +57,7 @@ from maetok_hf.training.draws import seed_global_generator
 from maetok_hf.training.flow_matching import sample_flow_draws
 from maetok_hf.training.generator_parts import make_flow_objective, make_transformer
 from maetok_hf.training.interruption import end_process
-from maetok_hf.training.latent_encoding import check_same_encoder
-from maetok_hf.training.latent_statistics import encode_latents
+from maetok_hf.training.latent_encoding import check_same_encoder, encode_tokens
 from maetok_hf.training.model_card import write_model_card
 from maetok_hf.training.optim import create_ema, set_learning_rate
 from maetok_hf.training.recipes import parse_arguments
@@ -268,7 +267,7 @@ class GeneratorTraining:
         if "images" in batch:
             pixel_values = to_pixel_values(batch["images"], self.device)
             with self.accelerator.autocast():
-                latents = encode_latents(self.tokenizer, pixel_values)
+                latents = encode_tokens(self.tokenizer, pixel_values)
             inputs["latents"] = normalize_latents(latents.float(), self.tokenizer.config)
             if self.recipe.needs_images:
                 inputs["pixel_values"] = pixel_values

@@ -11,10 +11,8 @@ from maetok_hf.training.latent_encoding import (
     encode_tokens,
     encoder_digest,
     load_tokenizer,
-    summarize_statistics,
     to_tokens,
 )
-from maetok_hf.training.latent_statistics import LatentStatistics
 from tests.testing_utils import seeded_normal, tiny_autoencoder
 
 
@@ -191,31 +189,6 @@ def test_latents_that_do_not_fit_are_refused(images):
         ViewEncoder(Constant(1e5), 1, "float16")(images)
     with pytest.raises(ValueError, match="not finite"):
         ViewEncoder(Constant(float("nan")), 1, "float16")(images)
-
-
-def states(*sets):
-    for latents in sets:
-        statistics = LatentStatistics(latents.shape[-1])
-        statistics.update(latents)
-        yield statistics.state().tolist()
-
-
-def test_statistics_of_shards_are_those_of_all_values():
-    latents = seeded_normal(10, 3, 2) * torch.tensor([1.0, 5.0]) + 2
-    found = summarize_statistics(states(latents[:1], latents[1:7], latents[7:]))
-    values = latents.double()
-    assert found["scalar"]["latents_mean"] == pytest.approx(values.mean().item())
-    assert found["scalar"]["latents_std"] == pytest.approx(values.std(correction=0).item())
-    assert found["channel"]["latents_mean"] == pytest.approx(values.mean((0, 1)).tolist())
-    assert found["channel"]["latents_std"] == pytest.approx(values.flatten(0, 1).std(0, correction=0).tolist())
-
-
-def test_a_channel_that_does_not_vary_costs_the_statistics_of_channels_only(caplog):
-    latents = seeded_normal(4, 3, 2) * torch.tensor([1.0, 0.0])
-    assert set(summarize_statistics(states(latents))) == {"scalar"}
-    assert "Some channels" in caplog.text
-    with pytest.raises(ValueError, match="do not vary"):
-        summarize_statistics(states(torch.zeros(4, 3, 2)))
 
 
 def test_grids_become_sequences_row_by_row():

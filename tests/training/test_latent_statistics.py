@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from maetok_hf.models.autoencoder_mae import AutoencoderMAE
-from maetok_hf.training.latent_statistics import LatentStatistics, encode_latents, measure_latents
+from maetok_hf.training.latent_encoding import encode_tokens
+from maetok_hf.training.latent_statistics import LatentStatistics, measure_latents, summarize_statistics
+from tests.testing_utils import seeded_normal
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def tiny_tokenizer(seed, **settings):
 def test_encoded_latents_are_raw_and_carry_no_gradient(gaussian_posterior):
     tokenizer = tiny_tokenizer(0, gaussian_posterior=gaussian_posterior, latents_mean=5.0, latents_std=3.0)
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    latents = encode_latents(tokenizer, images)
+    latents = encode_tokens(tokenizer, images)
     encoded = tokenizer.encode(images)
     expected = encoded.latent_dist.mode() if gaussian_posterior else encoded.latent
     assert latents.shape == (2, 3, 2)
@@ -115,7 +117,7 @@ def test_tokenizers_are_measured_on_the_same_images():
     configs = measure_latents(tokenizers, iter(batches), "scalar", gather_twice)
     assert configs.keys() == tokenizers.keys()
     for name, tokenizer in tokenizers.items():
-        latents = torch.cat([encode_latents(tokenizer, batch) for batch in batches]).double()
+        latents = torch.cat([encode_tokens(tokenizer, batch) for batch in batches]).double()
         assert configs[name]["latents_mean"] == pytest.approx(latents.mean().item())
         assert configs[name]["latents_std"] == pytest.approx(latents.std(correction=0).item())
 
@@ -127,3 +129,28 @@ def test_broken_tokenizer_is_left_out_with_a_warning(caplog):
     configs = measure_latents(tokenizers, [torch.zeros(1, 3, 8, 8)], "scalar", gather_twice)
     assert configs.keys() == {"good"}
     assert "of broken are left out: The latents are not finite" in caplog.text
+
+
+def states(*sets):
+    for latents in sets:
+        statistics = LatentStatistics(latents.shape[-1])
+        statistics.update(latents)
+        yield statistics.state().tolist()
+
+
+def test_statistics_of_shards_are_those_of_all_values():
+    latents = seeded_normal(10, 3, 2) * torch.tensor([1.0, 5.0]) + 2
+    found = summarize_statistics(states(latents[:1], latents[1:7], latents[7:]))
+    values = latents.double()
+    assert found["scalar"]["latents_mean"] == pytest.approx(values.mean().item())
+    assert found["scalar"]["latents_std"] == pytest.approx(values.std(correction=0).item())
+    assert found["channel"]["latents_mean"] == pytest.approx(values.mean((0, 1)).tolist())
+    assert found["channel"]["latents_std"] == pytest.approx(values.flatten(0, 1).std(0, correction=0).tolist())
+
+
+def test_a_channel_that_does_not_vary_costs_the_statistics_of_channels_only(caplog):
+    latents = seeded_normal(4, 3, 2) * torch.tensor([1.0, 0.0])
+    assert set(summarize_statistics(states(latents))) == {"scalar"}
+    assert "Some channels" in caplog.text
+    with pytest.raises(ValueError, match="do not vary"):
+        summarize_statistics(states(torch.zeros(4, 3, 2)))

@@ -3,13 +3,11 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import AutoencoderRAE, AutoModel, ModelMixin
-
-from .latent_statistics import LatentStatistics
 
 
 logger = logging.getLogger(__name__)
@@ -167,32 +165,3 @@ class ViewEncoder:
                 "The tokenizer gives latents that are not finite: it is broken, or needs another `mixed_precision`."
             )
         return stored, float((stored.double() - latents.double()).square().sum())
-
-
-def summarize_statistics(states: Iterable[Sequence[Sequence[float]]]) -> dict[str, dict[str, Any]]:
-    """
-    Statistics of a whole cache.
-
-    Args:
-        states (`Iterable[Sequence[Sequence[float]]]`): [`~LatentStatistics.state`] of every shard, in order, in plain
-            numbers.
-
-    Returns:
-        `dict[str, dict]`: `latents_mean` and `latents_std` under `"scalar"`, and under `"channel"` unless a channel
-        has no variance.
-
-    Raises:
-        ValueError: If there are no latents, or they do not vary.
-    """
-    merged = LatentStatistics.merged(torch.tensor(state, dtype=torch.float64) for state in states)
-    found = {}
-    for kind in ("scalar", "channel"):
-        try:
-            mean, std = merged.result(kind)
-        except ValueError:
-            if kind == "scalar":
-                raise
-            logger.warning("Some channels of the latents do not vary, so there are no statistics for each channel.")
-        else:
-            found[kind] = {"latents_mean": mean, "latents_std": std}
-    return found

@@ -1,32 +1,16 @@
 """Mean and standard deviation of a tokenizer's latents, measured over a stream of batches."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..models.autoencoder_mae import AutoencoderMAE
+from .latent_encoding import encode_tokens
 
 
 logger = logging.getLogger(__name__)
-
-
-@torch.no_grad()
-def encode_latents(tokenizer: AutoencoderMAE, images: torch.Tensor) -> torch.Tensor:
-    """
-    The raw latents that statistics are measured on and generators are trained on.
-
-    Args:
-        tokenizer ([`AutoencoderMAE`]): In evaluation mode.
-        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): Images in `[-1, 1]`, not masked.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_latent_tokens, latent_channels)`: The latents, of a Gaussian
-        posterior its mode.
-    """
-    encoded = tokenizer.encode(images, return_dict=False)[0]
-    return encoded.mode() if tokenizer.config.gaussian_posterior else encoded
 
 
 class LatentStatistics:
@@ -146,7 +130,7 @@ def measure_latents(
     for images in batches:
         device = images.device
         for name, tokenizer in tokenizers.items():
-            found[name].update(encode_latents(tokenizer, images))
+            found[name].update(encode_tokens(tokenizer, images))
     configs = {}
     for name, statistics in found.items():
         states = gather(statistics.state()[None].to(device))
@@ -157,3 +141,32 @@ def measure_latents(
         else:
             configs[name] = {"latents_mean": mean, "latents_std": std}
     return configs
+
+
+def summarize_statistics(states: Iterable[Sequence[Sequence[float]]]) -> dict[str, dict[str, Any]]:
+    """
+    Statistics of a whole cache.
+
+    Args:
+        states (`Iterable[Sequence[Sequence[float]]]`): [`~LatentStatistics.state`] of every shard, in order, in plain
+            numbers.
+
+    Returns:
+        `dict[str, dict]`: `latents_mean` and `latents_std` under `"scalar"`, and under `"channel"` unless a channel
+        has no variance.
+
+    Raises:
+        ValueError: If there are no latents, or they do not vary.
+    """
+    merged = LatentStatistics.merged(torch.tensor(state, dtype=torch.float64) for state in states)
+    found = {}
+    for kind in ("scalar", "channel"):
+        try:
+            mean, std = merged.result(kind)
+        except ValueError:
+            if kind == "scalar":
+                raise
+            logger.warning("Some channels of the latents do not vary, so there are no statistics for each channel.")
+        else:
+            found[kind] = {"latents_mean": mean, "latents_std": std}
+    return found
