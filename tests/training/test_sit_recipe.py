@@ -12,7 +12,9 @@ from maetok_hf.training.sit_recipe import SiTRecipe
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 SHIPPED = sorted(
-    path for path in RECIPES.rglob("*.yaml") if {"sit", "lightningdit", "usit"} & set(path.stem.split("-"))
+    path
+    for path in RECIPES.rglob("*.yaml")
+    if {"sit", "lightningdit", "usit"} & set(path.stem.split("-")) and "lora" not in path.stem
 )
 # parameters with 1000 classes, in millions
 PARAMETERS = {"sit-s": 33, "sit-b": 130, "sit-l": 458, "sit-xl": 675, "lightningdit-b": 130, "lightningdit-xl": 675}
