@@ -35,7 +35,7 @@ from unittest.mock import patch
 import torch
 
 from maetok_hf.data import export_mnist
-from maetok_hf.data.loader import SlotLoader
+from maetok_hf.data.loader import SlotLoader, WorkerLoader
 from maetok_hf.training.recipes import load_recipe
 from maetok_hf.training.run_options import TokenizerRunOptions
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
@@ -161,6 +161,10 @@ class Clock:
 
         return call
 
+    def wrap(self, owner: Any, method: str, name: str) -> None:
+        """Time the calls of a method, or of a function of a module."""
+        setattr(owner, method, self.timed(name, getattr(owner, method)))
+
     def end_step(self) -> None:
         """Note a step: what was timed, and all of it as `step`."""
         ended = now()
@@ -168,9 +172,9 @@ class Clock:
         self._running, self._began = {}, ended
 
 
-def load_script() -> ModuleType:
-    """The training script as a module."""
-    spec = importlib.util.spec_from_file_location("train_maetok", ROOT / "examples" / "train_maetok.py")
+def load_script(name: str) -> ModuleType:
+    """A training script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -178,27 +182,16 @@ def load_script() -> ModuleType:
 
 def put_clocks(script: ModuleType, training: Any, clock: Clock, num_steps: int) -> None:
     """Time the calls of a training whose run has begun, and end it after some steps."""
-
-    def wrap(owner: Any, method: str, name: str) -> None:
-        setattr(owner, method, clock.timed(name, getattr(owner, method)))
-
-    optimizers = [training.optimizer]
-    wrap(training.model, "forward", "forward")
-    if training.discriminator is not None:
-        wrap(training.discriminator, "forward", "forward")
-        optimizers.append(training.discriminator_optimizer)
-    for optimizer in optimizers:
-        wrap(optimizer, "step", "optimiser")
-        wrap(optimizer, "zero_grad", "optimiser")
-    wrap(training, "make_inputs", "batch and draws")
-    wrap(training, "adversarial_draws", "batch and draws")
-    wrap(script, "clip_grad_norm_", "clipping")
-    wrap(training.run, "admit", "decision")
-    wrap(training.ema, "step", "moving average")
+    clock.wrap(training.model, "forward", "forward")
+    put_optimizer_clocks(training.optimizer, clock)
+    clock.wrap(training, "make_inputs", "batch and draws")
+    clock.wrap(script, "clip_grad_norm_", "clipping")
+    clock.wrap(training.run, "admit", "decision")
+    clock.wrap(training.ema, "step", "moving average")
     for method in ("add", "advance"):
-        wrap(training.run.monitor, method, "averages of terms")
-    wrap(training.run.monitor, "report", "report")
-    wrap(training.run.trackers, "log", "report")
+        clock.wrap(training.run.monitor, method, "averages of terms")
+    clock.wrap(training.run.monitor, "report", "report")
+    clock.wrap(training.run.trackers, "log", "report")
 
     leave_if_asked = training.run.leave_if_asked
 
@@ -211,53 +204,85 @@ def put_clocks(script: ModuleType, training: Any, clock: Clock, num_steps: int) 
     training.run.leave_if_asked = leave
 
 
+def put_optimizer_clocks(optimizer: Any, clock: Clock) -> None:
+    """Time the calls of an optimiser."""
+    for method in ("step", "zero_grad"):
+        clock.wrap(optimizer, method, "optimiser")
+
+
+def put_adversarial_clocks(training: Any, clock: Clock) -> None:
+    """Time what a tokenizer's training has besides: the discriminator."""
+    clock.wrap(training, "adversarial_draws", "batch and draws")
+    if training.discriminator is not None:
+        clock.wrap(training.discriminator, "forward", "forward")
+        put_optimizer_clocks(training.discriminator_optimizer, clock)
+
+
 def compute_threads(case: Case, num_threads: int) -> int:
     """Threads beside those of data workers: with more, each operation would wait until a worker has had its turn."""
     return max(1, num_threads - case.options.get("dataloader_num_workers", 0))
 
 
-def run_case(case: Case, data: str, num_threads: int) -> dict[str, Any]:
-    """Steps of a case in seconds, by part; run it in a process of its own."""
+def prepare_process(case: Case, num_threads: int) -> None:
+    """Make this process one in which a script trains on the CPU."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     multiprocessing.set_start_method(None, force=True)  # data workers start as they do in the script
     torch.set_num_threads(compute_threads(case, num_threads))
-    recipe = load_recipe(TokenizerRecipe, RECIPES / f"{case.recipe}.yaml", case.overrides)
-    script, clock = load_script(), Clock()
-    iterate = SlotLoader.__iter__
 
-    def timed_batches(loader: SlotLoader) -> Iterator[dict]:
+
+def run_steps(training: Any, clock: Clock, loader_class: type[WorkerLoader], put: Callable[[], None]) -> None:
+    """Train until the clocks end it; `put` puts them round the calls once the run has begun."""
+    begin, iterate = training.begin, loader_class.__iter__
+
+    def begin_with_clocks() -> int:
+        first_step = begin()
+        put()
+        return first_step
+
+    def timed_batches(loader: WorkerLoader) -> Iterator[dict]:
         batches = iterate(loader)
         take = clock.timed("loading", lambda: next(batches))
         while True:
             yield take()
 
+    training.begin = begin_with_clocks
+    backward = clock.timed("backward", torch.Tensor.backward)
+    with patch.object(torch.Tensor, "backward", backward), patch.object(loader_class, "__iter__", timed_batches):
+        try:
+            training.train()
+        except Done:
+            training.run.end()
+            training.run.close()
+
+
+def measured(training: Any, clock: Clock, case: Case) -> dict[str, Any]:
+    """What a run of a case has shown, in plain types."""
+    return {
+        "seconds": clock.steps[case.warmup :],
+        "batch_size": training.recipe.total_batch_size,
+        "averaged_bytes": num_bytes(training.ema.shadow_params),
+        "clipped_bytes": num_bytes(training.parameters),
+    }
+
+
+def run_case(case: Case, data: str, num_threads: int) -> dict[str, Any]:
+    """Steps of a case in seconds, by part; run it in a process of its own."""
+    prepare_process(case, num_threads)
+    recipe = load_recipe(TokenizerRecipe, RECIPES / f"{case.recipe}.yaml", case.overrides)
+    script, clock = load_script("train_maetok"), Clock()
     with tempfile.TemporaryDirectory() as folder:
         options = TokenizerRunOptions(
             output_dir=folder, dataset_name=data, cache_dir=folder, logging_steps=1, **case.options
         )
         with random_networks():
             training = script.TokenizerTraining(recipe, options)
-        begin = training.begin
 
-        def begin_with_clocks() -> int:
-            first_step = begin()
+        def put() -> None:
             put_clocks(script, training, clock, case.warmup + case.steps)
-            return first_step
+            put_adversarial_clocks(training, clock)
 
-        training.begin = begin_with_clocks
-        backward = clock.timed("backward", torch.Tensor.backward)
-        with patch.object(torch.Tensor, "backward", backward), patch.object(SlotLoader, "__iter__", timed_batches):
-            try:
-                training.train()
-            except Done:
-                training.run.end()
-                training.run.close()
-    return {
-        "seconds": clock.steps[case.warmup :],
-        "batch_size": recipe.total_batch_size,
-        "averaged_bytes": num_bytes(training.ema.shadow_params),
-        "clipped_bytes": num_bytes(training.parameters),
-    }
+        run_steps(training, clock, SlotLoader, put)
+    return measured(training, clock, case)
 
 
 def shares(step: Mapping[str, Times], kind: str) -> dict[str, float]:
@@ -322,39 +347,57 @@ def prepare_data(folder: Path) -> dict[str, str]:
     return {"maetok-b-128-256": str(folder / "photographs"), "demo-tokenizer": str(digits)}
 
 
-def measure(cases: Sequence[Case], num_rounds: int, num_threads: int) -> list[dict[str, Any]]:
-    """Summaries of all cases, which take turns, each time in a new process."""
+def measure(
+    cases: Sequence[Case],
+    run: Callable[[Case, str, int], dict[str, Any]],
+    prepare: Callable[[Path], dict[str, str]],
+    num_rounds: int,
+    num_threads: int,
+) -> list[dict[str, Any]]:
+    """Summaries of all cases, which take turns, each time in a new process; `prepare` makes the data by recipe."""
     runs: list[list] = [[] for _ in cases]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        data = prepare_data(Path(folder))
+        data = prepare(Path(folder))
         for number in range(num_rounds):
             for case, found in zip(cases, runs, strict=True):
                 with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-                    found.append(pool.submit(run_case, case, data[case.recipe], num_threads).result())
+                    found.append(pool.submit(run, case, data[case.recipe], num_threads).result())
                 print(f"round {number + 1} of {case.name}: {summarise(case, found[-1:])}", flush=True)
     return [summarise(case, found) for case, found in zip(cases, runs, strict=True)]
 
 
-def report_of(num_rounds: int, num_threads: int) -> dict[str, Any]:
-    """Everything about the script's own work, in plain types."""
+def measured_report(
+    command: str,
+    cases: Sequence[Case],
+    run: Callable[[Case, str, int], dict[str, Any]],
+    prepare: Callable[[Path], dict[str, str]],
+    num_rounds: int,
+    num_threads: int,
+) -> dict[str, Any]:
+    """The measurements and what they depend on, in plain types; see [`measure`]."""
     loads = [os.getloadavg()[0]]
-    cases = measure(CASES, num_rounds, num_threads)
+    found = measure(cases, run, prepare, num_rounds, num_threads)
     loads.append(os.getloadavg()[0])
-    flops = sum(per_image(CASES[0].recipe)[256].values())
     return {
-        "command": f"{COMMAND} --num_rounds {num_rounds} --num_threads {num_threads}",
+        "command": f"{command} --num_rounds {num_rounds} --num_threads {num_threads}",
         "num_threads": num_threads,
         "load_average": [round(load, 2) for load in loads],
         "machine": machine("accelerate", "diffusers", "datasets", "tensorboard"),
         "limit_percent": LIMIT_PERCENT,
-        "cases": cases,
-        "of_a_gpu_step": on_gpu(cases[0], cases[-1], flops),
+        "cases": found,
     }
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
+def report_of(num_rounds: int, num_threads: int) -> dict[str, Any]:
+    """Everything about the script's own work, in plain types."""
+    report = measured_report(COMMAND, CASES, run_case, prepare_data, num_rounds, num_threads)
+    cases, flops = report["cases"], sum(per_image(CASES[0].recipe)[256].values())
+    return report | {"of_a_gpu_step": on_gpu(cases[0], cases[-1], flops)}
+
+
+def share_lines(report: dict[str, Any]) -> list[str]:
+    """Lines of Markdown: the share of each case, and the milliseconds of its parts."""
     cases, names = report["cases"], ("step", *NETWORK, "own", *OWN)
 
     def milliseconds(value: float) -> str:
@@ -372,6 +415,43 @@ def to_markdown(report: dict[str, Any]) -> str:
         [name, *(milliseconds(case[kind]["milliseconds"][name]) for case in cases for kind in Times._fields)]
         for name in names
     ]
+    kinds = {"wall": "clock", "processor": "processor"}
+    return [
+        "Percent of a step that are not forward, backward or optimiser: median over steps, and quartiles. By the "
+        "clock, and by the time of all processors that work for the training's process (without its data "
+        "workers), which other jobs on the machine disturb less and by which the last column judges.",
+        "",
+        *table(
+            ["training", "by the clock (%)", "by processor time (%)", f"under {report['limit_percent']:g} %"], rows
+        ),
+        "## Milliseconds of a step",
+        "",
+        f"Medians over steps, so parts need not sum to the whole. A report is counted once in {LOGGING_STEPS} "
+        "steps, as the script makes it.",
+        "",
+        *table(["part", *(f"{case['name']}, {kinds[kind]}" for case in cases for kind in Times._fields)], parts),
+    ]
+
+
+def method_lines(report: dict[str, Any], description: str) -> list[str]:
+    """Lines of Markdown: how it was measured, by the second and third paragraph of a module's description."""
+    return [
+        "## How it was measured",
+        "",
+        *(line.strip() for line in description.split("\n\n")[1:3]),
+        "",
+        f"- {report['num_threads']} threads, of which a data worker has one; other jobs ran on the machine: load "
+        f"average {' at the beginning and '.join(map(str, report['load_average']))} at the end",
+        f"- {machine_line(report['machine'])}",
+        "",
+        "```",
+        report["command"],
+        "```",
+    ]
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The report as tables."""
     gpus = [
         [
             name,
@@ -380,24 +460,11 @@ def to_markdown(report: dict[str, Any]) -> str:
         ]
         for name, value in report["of_a_gpu_step"].items()
     ]
-    kinds = {"wall": "clock", "processor": "processor"}
     return "\n".join(
         [
             "# What the training script itself costs",
             "",
-            "Percent of a step that are not forward, backward or optimiser: median over steps, and quartiles. By the "
-            "clock, and by the time of all processors that work for the training's process (without its data "
-            "workers), which other jobs on the machine disturb less and by which the last column judges.",
-            "",
-            *table(
-                ["training", "by the clock (%)", "by processor time (%)", f"under {report['limit_percent']:g} %"], rows
-            ),
-            "## Milliseconds of a step",
-            "",
-            f"Medians over steps, so parts need not sum to the whole. A report is counted once in {LOGGING_STEPS} "
-            "steps, as the script makes it.",
-            "",
-            *table(["part", *(f"{case['name']}, {kinds[kind]}" for case in cases for kind in Times._fields)], parts),
+            *share_lines(report),
             f"## Of a step of {1000 * GPU_STEP_SECONDS:.0f} ms on a GPU",
             "",
             "Computed, not measured. Images are those that a GPU gets done in this time with all losses at 256 x 256, "
@@ -408,17 +475,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"{100 * BANDWIDTH_SHARE:.0f} % of its bandwidth.",
             "",
             *table(["GPU", "images", "host, ms (%)", "GPU, ms (%)"], gpus),
-            "## How it was measured",
-            "",
-            *(line.strip() for line in str(__doc__).split("\n\n")[1:3]),
-            "",
-            f"- {report['num_threads']} threads, of which a data worker has one; other jobs ran on the machine: load "
-            f"average {' at the beginning and '.join(map(str, report['load_average']))} at the end",
-            f"- {machine_line(report['machine'])}",
-            "",
-            "```",
-            report["command"],
-            "```",
+            *method_lines(report, str(__doc__)),
         ]
     )
 

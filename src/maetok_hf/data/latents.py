@@ -304,7 +304,7 @@ class StreamingLatents(MicroBatches):
         Returns:
             `torch.utils.data.DataLoader`: The loader. Its iterator is endless.
         """
-        loader = WorkerLoader(self, self.num_workers, prefetch_factor)
+        loader = _LatentLoader(self, self.num_workers, prefetch_factor)
         loader.pin_memory = pin_memory
         return loader
 
@@ -315,12 +315,26 @@ class StreamingLatents(MicroBatches):
         for _, _, stream, start in self.walk():
             with reading(self.source.description):
                 batch = stream.micro_batch(start)
-            yield batch
+            yield batch if torch.utils.data.get_worker_info() is None else _pack(batch)
 
     def normalize(self, latents: np.ndarray) -> torch.Tensor:
         """Stored values, `(n, num_tokens * num_channels)`, as normalised float32, `(n, num_tokens, num_channels)`."""
         values = torch.from_numpy(latents).float().view(len(latents), *self.source.latent_shape)
         return values.sub_(self.latents_mean).div_(self.latents_std)
+
+
+class _LatentLoader(WorkerLoader):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(_unpack, super().__iter__())
+
+
+def _pack(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as a worker sends it: torch would pass each of the small tensors by a connection of its own."""
+    return {name: value if name == "latents" or name == "epoch" else value.numpy() for name, value in batch.items()}
+
+
+def _unpack(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
 
 
 def _statistic(name: str, value: float | Sequence[float], num_channels: int) -> torch.Tensor:

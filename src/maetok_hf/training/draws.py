@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..seeding import keyed_generator
+from ..seeding import keyed_seed
 
 
 def draw_rows(
@@ -40,7 +40,9 @@ def draw_rows(
         sample_indices = sample_indices.tolist()
     if len(sample_indices) == 0:
         raise ValueError("`sample_indices` must name at least one image, got none.")
-    return torch.stack([draw(keyed_generator(seed, purpose, step, index)) for index in sample_indices])
+    generator = torch.Generator()  # seeding one anew is cheaper than making one, and gives the same numbers
+    seeds = (keyed_seed(seed, purpose, step, index) for index in sample_indices)
+    return torch.stack([draw(generator.manual_seed(key)) for key in seeds])
 
 
 def sample_noise(
