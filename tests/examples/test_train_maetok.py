@@ -15,6 +15,8 @@ import torch
 from maetok_hf import AutoencoderMAE
 from maetok_hf.training.checkpointing import complete_checkpoints
 from maetok_hf.training.interruption import RunLock
+from maetok_hf.training.lora_recipe import LoraRecipe, LoraRunOptions
+from maetok_hf.training.run_options import SiTRunOptions, TokenizerRunOptions
 from maetok_hf.training.sit_recipe import SiTRecipe
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 
@@ -180,22 +182,19 @@ def test_commands_in_the_docstring_name_real_recipes_and_flags(script):
     import argparse
 
     from maetok_hf.training import recipes as recipes_module
-    from maetok_hf.training import run_options
 
-    kind = "Tokenizer" if "maetok" in script.stem else "SiT"
+    classes = {
+        "train_maetok": (TokenizerRecipe, TokenizerRunOptions),
+        "train_sit": (SiTRecipe, SiTRunOptions),
+        "train_sit_lora": (LoraRecipe, LoraRunOptions),
+    }
     text = ast.get_docstring(ast.parse(script.read_text())).replace("\\\n", " ")
     commands = [line.split() for line in text.splitlines() if line.strip().startswith("accelerate launch")]
     assert commands
     for command in commands:
         words = command[command.index(f"examples/{script.name}") + 1 :]
         parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
-        recipes_module.parse_arguments(
-            parser,
-            {"Tokenizer": TokenizerRecipe, "SiT": SiTRecipe}[kind],
-            getattr(run_options, f"{kind}RunOptions"),
-            EXAMPLES / "recipes",
-            words,
-        )
+        recipes_module.parse_arguments(parser, *classes[script.stem], EXAMPLES / "recipes", words)
 
 
 @pytest.mark.slow

@@ -284,9 +284,7 @@ def test_every_value_is_also_a_flag(cls):
         if isinstance(default, dict) or default in (None, [], dataclasses.MISSING):
             continue
         flags[field.name] = [str(value) for value in default] if isinstance(default, list) else [str(default)]
-    assert {"TokenizerRecipe": "auxiliary_targets", "SiTRecipe": "guidance_interval"}.get(
-        cls.__name__, "seed"
-    ) in flags
+    assert len(flags) > 10
     parser = make_parser()
     add_flags(parser, cls, "all")
     words = [word for name, values in flags.items() for word in (f"--{name}", *values)]
