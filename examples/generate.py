@@ -97,6 +97,8 @@ def parse_options() -> GenerateOptions:
 def load_pipeline(options: GenerateOptions, accelerator: Accelerator) -> MAETokDiffusionPipeline:
     """The pipeline on this process's device, with the scheduler that is asked for."""
     dtype, components = getattr(torch, options.dtype), {}
+    if options.revision is not None and Path(options.pretrained_model_name_or_path).is_dir():
+        raise ValueError(f"`revision` = {options.revision!r} has no meaning for a local folder: remove it.")
     with accelerator.local_main_process_first():
         if options.guidance_transformer_name_or_path is not None:
             weak = AutoModel.from_pretrained(options.guidance_transformer_name_or_path, torch_dtype=dtype)

@@ -129,6 +129,20 @@ def open_data(recipe: SiTRecipe, options: SiTRunOptions, run: TrainingRun, token
     return StreamingImages(images, resolution=recipe.resolution, **settings)
 
 
+def same_classes(pretrained_model_name_or_path: str, id2label: dict[int, str] | None) -> dict[int, str] | None:
+    """The names of the classes, of which a trained pipeline and the data set must not have different ones."""
+    given = MAETokDiffusionPipeline.load_config(pretrained_model_name_or_path).get("id2label") or {}
+    given = {int(index): name for index, name in given.items()}
+    for index, name in (id2label or {}).items():
+        known = {synonym.strip() for synonym in given.get(index, name).split(",")}
+        if known.isdisjoint(synonym.strip() for synonym in name.split(",")):
+            raise ValueError(
+                f"class {index} is {name!r} in the data set, but {given[index]!r} in {pretrained_model_name_or_path}: "
+                "fine-tune on the classes it was trained on, in their order."
+            )
+    return given or id2label
+
+
 class GeneratorTraining:
     """One training run of a generator: what is trained, and what happens in a step."""
 
@@ -154,8 +168,11 @@ class GeneratorTraining:
             options.seed,
             options.pretrained_model_name_or_path,
         )
-        # Only of what was given: the last bits of what is drawn may differ from processor to processor.
-        self.given_digest = options.pretrained_model_name_or_path and model_digest(self.transformer)
+        self.given_digest, self.id2label = None, self.stream.source.id2label
+        if options.pretrained_model_name_or_path is not None:
+            # Without the new temperature embedding: the last bits of what is drawn may differ between processors.
+            self.given_digest = model_digest(self.transformer, exclude="temperature_embed")
+            self.id2label = same_classes(options.pretrained_model_name_or_path, self.id2label)
         objective = make_flow_objective(recipe, self.transformer, self.tokenizer.config.patch_size, options.seed)
         self.alignment = objective.alignment
         if options.gradient_checkpointing:
@@ -285,12 +302,12 @@ class GeneratorTraining:
         if validated:
             self.validate(average, done)
         if saved:
-            self.run.publish(lambda: self.with_card(average, done), done)
+            self.publish(average, done)
 
     def make_pipeline(self, transformer: torch.nn.Module) -> MAETokDiffusionPipeline:
         """The pipeline of a trained transformer, with the paper's sampler."""
         scheduler = FlowMatchEulerMaruyamaScheduler(path=transformer.config.path)
-        return MAETokDiffusionPipeline(self.tokenizer, transformer, scheduler, id2label=self.stream.source.id2label)
+        return MAETokDiffusionPipeline(self.tokenizer, transformer, scheduler, id2label=self.id2label)
 
     @torch.no_grad()
     def validate(self, transformer: torch.nn.Module, step: int) -> None:
@@ -315,16 +332,24 @@ class GeneratorTraining:
             write_png(self.run.output_dir / "validation" / f"step-{step}.png", picture)
             self.run.trackers.log_image("validation/samples", picture, step)
 
-    def with_card(self, transformer: torch.nn.Module, step: int) -> dict[str, Path]:
-        """The files of a pipeline, its card and the newest picture, by their names in a Hub repository."""
+    def publish(self, transformer: torch.nn.Module, step: int) -> None:
+        """Upload a pipeline, its card and the newest picture, if the run does that."""
         folder = self.run.output_dir / ".upload.partial"
-        shutil.rmtree(folder, ignore_errors=True)
-        self.make_pipeline(transformer).save_pretrained(folder)
-        return {".": folder} | self.write_card(transformer, step)
+
+        def write() -> dict[str, Path]:
+            self.make_pipeline(transformer).save_pretrained(folder)
+            return {".": folder} | self.write_card(transformer, step)
+
+        self.run.publish(write, step)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # the upload has files of its own
 
     def write_card(self, transformer: torch.nn.Module, step: int) -> dict[str, Path]:
         """The card and the newest picture, by their names in a Hub repository."""
-        files = {}
+        files, source = {}, self.stream.source
+        dataset, split = self.options.dataset_name, self.options.train_split
+        if isinstance(source, LatentSource):
+            dataset, split = source.metadata["dataset"]["name"], source.metadata["split"]
         pictures = sorted(self.run.output_dir.glob("validation/step-*.png"), key=lambda path: path.stat().st_mtime)
         if pictures:
             files["samples.png"] = pictures[-1]
@@ -335,8 +360,8 @@ class GeneratorTraining:
             recipe=dataclasses.asdict(self.recipe),
             step=step,
             model_config=dict(transformer.config) | {"_class_name": type(transformer).__name__},
-            dataset_name=self.options.dataset_name or self.options.latents_name_or_path,
-            train_split=self.options.train_split,
+            dataset_name=dataset,
+            train_split=split,
             base_model=self.options.tokenizer_name_or_path,
             picture="samples.png" if pictures else None,
         )
@@ -357,7 +382,7 @@ class GeneratorTraining:
             }
             write_json(output_dir / "train_report.json", report)
             self.write_card(transformer, steps)  # also for an upload by hand
-        self.run.publish(lambda: self.with_card(transformer, steps), steps)
+        self.publish(transformer, steps)
         self.accelerator.print(f"Saved to {output_dir}")
         self.run.close()
 

@@ -39,6 +39,7 @@ from maetok_hf.seeding import keyed_generator, keyed_seed
 from maetok_hf.training.checkpointing import data_identity, export, model_digest, write_json
 from maetok_hf.training.draws import seed_global_generator
 from maetok_hf.training.flow_matching import FlowMatchingObjective, sample_flow_draws
+from maetok_hf.training.generator_parts import check_samples
 from maetok_hf.training.interruption import end_process
 from maetok_hf.training.latent_encoding import encode_tokens
 from maetok_hf.training.lora import LoraAdapter, add_lora
@@ -115,6 +116,7 @@ class LoraTraining:
         # Frozen pipeline and data, whose order depends on the seed, not on processes, workers or restarts
         self.pipeline = load_pipeline(options, recipe)
         self.tokenizer, self.transformer = self.pipeline.vae.requires_grad_(False).eval(), self.pipeline.transformer
+        check_samples(recipe, self.transformer)
         self.given_digests = {name: model_digest(self.pipeline.components[name]) for name in ("vae", "transformer")}
         source = open_data(options)
         self.stream = StreamingImages(
@@ -263,7 +265,7 @@ class LoraTraining:
         if every and done % every == 0 and done < self.recipe.max_train_steps:
             self.validate(done)
         if saved:
-            self.run.publish(lambda: self.with_card(done), done)
+            self.publish(done)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -295,12 +297,17 @@ class LoraTraining:
             write_png(self.run.output_dir / "validation" / f"step-{step}.png", picture)
             self.run.trackers.log_image("validation/samples", picture, step)
 
-    def with_card(self, step: int) -> dict[str, Path]:
-        """The files of the adapter, its card and the newest picture, by their names in a Hub repository."""
+    def publish(self, step: int) -> None:
+        """Upload the adapter, its card and the newest picture, if the run does that."""
         folder = self.run.output_dir / ".upload.partial"
-        shutil.rmtree(folder, ignore_errors=True)
-        whole_copy(self.adapter, self.ema).save_pretrained(folder)
-        return {".": folder} | self.write_card(step)
+
+        def write() -> dict[str, Path]:
+            whole_copy(self.adapter, self.ema).save_pretrained(folder)
+            return {".": folder} | self.write_card(step)
+
+        self.run.publish(write, step)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # the upload has files of its own
 
     def write_card(self, step: int) -> dict[str, Path]:
         """The card and the newest picture, by their names in a Hub repository."""
@@ -338,7 +345,7 @@ class LoraTraining:
             }
             write_json(output_dir / "train_report.json", report)
             self.write_card(steps)  # also for an upload by hand
-        self.run.publish(lambda: self.with_card(steps), steps)
+        self.publish(steps)
         self.accelerator.print(f"Saved to {output_dir}")
         self.run.close()
 

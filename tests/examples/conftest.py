@@ -284,3 +284,56 @@ def hub(monkeypatch, tmp_path):
         for name, value in loopback.environment().items():
             monkeypatch.setenv(name, value)
         yield loopback
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A tokenizer with random weights and made-up statistics."""
+    from maetok_hf import AutoencoderMAE
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = AutoencoderMAE(
+            sample_size=16,
+            patch_size=4,
+            hidden_size=16,
+            num_layers=1,
+            num_attention_heads=1,
+            num_latent_tokens=4,
+            latent_channels=2,
+            layer_scale_init_value=0.5,
+            latents_mean=0.1,
+            latents_std=0.4,
+        )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def latents_folder(tokenizer_folder, data_folder, tmp_path_factory):
+    """The latents of both views of the images."""
+    folder = tmp_path_factory.mktemp("latents")
+    cache_latents(folder / "latents", tokenizer_folder, data_folder)
+    return folder / "latents"
+
+
+def cache_latents(folder, tokenizer, data, *more):
+    flags = ["--tokenizer_name_or_path", tokenizer, "--dataset_name", data, "--resolution", "16", *more]
+    flags += ["--output_dir", folder, "--cache_dir", folder.parent / "cache"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(sys, "argv", ["cache_latents", *map(str, flags)])
+        load_script("cache_latents").main()
+
+
+@pytest.fixture
+def flags_of(recipes, base_flags, tokenizer_folder, latents_folder):
+    """Flags of a generator's run on cached latents or on images: `flags_of(mode)`."""
+
+    def flags(mode):
+        data = base_flags if mode == "online" else ["--latents_name_or_path", latents_folder, "--logging_steps", "1"]
+        tokenizer = ["--tokenizer_name_or_path", tokenizer_folder]
+        return ["--recipe", recipes["sit"], *data, *tokenizer, "--checkpointing_steps", "2"]
+
+    return flags

@@ -290,3 +290,11 @@ def test_an_early_checkpoint_guides_a_later_one(run_here, flags, pipeline_folder
     assert settings_in(tmp_path / "guided")["settings"]["guidance_method"] == "autoguidance"
     assert "guidance_transformer" in settings_in(tmp_path / "guided")["settings"]["digests"]
     assert (pixels_in(tmp_path / "plain") != pixels_in(tmp_path / "guided")).any()
+
+
+@pytest.mark.parametrize("more", [["--guidance_method", "cfg"], ["--guidance_scale", 1]])
+def test_a_weak_model_that_would_not_be_used_is_refused(run_here, flags, tmp_path, more):
+    tiny_pipeline("sde", NAMES).transformer.save_pretrained(tmp_path / "weak")
+    guided = ["--guidance_transformer_name_or_path", tmp_path / "weak", "--output_dir", tmp_path / "out"]
+    with pytest.raises(ValueError, match="`guidance_transformer_name_or_path` has no effect"):
+        run_here("generate", *flags, *guided, *more)

@@ -13,7 +13,6 @@ import torch
 
 from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline, SiTTransformer1DModel
 from maetok_hf.training.checkpointing import complete_checkpoints
-from tests.examples.conftest import load_script
 
 
 MODES = ("cached", "online")
@@ -21,57 +20,6 @@ MODES = ("cached", "online")
 
 def entries(folder):
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
-    """A tokenizer with random weights and made-up statistics."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer = AutoencoderMAE(
-            sample_size=16,
-            patch_size=4,
-            hidden_size=16,
-            num_layers=1,
-            num_attention_heads=1,
-            num_latent_tokens=4,
-            latent_channels=2,
-            layer_scale_init_value=0.5,
-            latents_mean=0.1,
-            latents_std=0.4,
-        )
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def latents_folder(tokenizer_folder, data_folder, tmp_path_factory):
-    """The latents of both views of the images."""
-    folder = tmp_path_factory.mktemp("latents")
-    cache_latents(folder / "latents", tokenizer_folder, data_folder)
-    return folder / "latents"
-
-
-def cache_latents(folder, tokenizer, data, *more):
-    flags = ["--tokenizer_name_or_path", tokenizer, "--dataset_name", data, "--resolution", "16", *more]
-    flags += ["--output_dir", folder, "--cache_dir", folder.parent / "cache"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setattr(sys, "argv", ["cache_latents", *map(str, flags)])
-        load_script("cache_latents").main()
-
-
-@pytest.fixture
-def flags_of(recipes, base_flags, tokenizer_folder, latents_folder):
-    """Flags of a run on cached latents or on images: `flags_of(mode)`."""
-
-    def flags(mode):
-        data = base_flags if mode == "online" else ["--latents_name_or_path", latents_folder, "--logging_steps", "1"]
-        tokenizer = ["--tokenizer_name_or_path", tokenizer_folder]
-        return ["--recipe", recipes["sit"], *data, *tokenizer, "--checkpointing_steps", "2"]
-
-    return flags
 
 
 @pytest.fixture
@@ -364,3 +312,23 @@ def test_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
     finished = launch(*command, processes=processes)
     assert finished.returncode == 0, finished.stdout
     assert_same_result(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_fine_tuning_keeps_the_names_of_the_classes_and_refuses_others(run_here, flags_of, tmp_path):
+    flags = [*flags_of("cached"), "--max_train_steps", "2"]
+    run_here("train_sit", *flags, "--output_dir", tmp_path / "first")
+    index = tmp_path / "first" / "model_index.json"
+    tuning = [*flags, "--finetuning", "true", "--pretrained_model_name_or_path", tmp_path / "first"]
+    index.write_text(index.read_text().replace('"one"', '"one, uno"'))
+    run_here("train_sit", *tuning, "--output_dir", tmp_path / "second")
+    names = MAETokDiffusionPipeline.from_pretrained(tmp_path / "second").config.id2label
+    assert names == {0: "one, uno", 1: "two", 2: "three"}
+    index.write_text(index.read_text().replace('"one, uno"', '"eins"'))
+    with pytest.raises(ValueError, match="class 0 is 'one' in the data set, but 'eins' in"):
+        run_here("train_sit", *tuning, "--output_dir", tmp_path / "third")
+
+
+def test_samples_cannot_be_guided_without_a_null_class(run_here, flags, tmp_path):
+    more = ["--model", "class_dropout_prob=0.0", "--guidance_scale", "1.5", "--output_dir", tmp_path / "run"]
+    with pytest.raises(ValueError, match="`guidance_scale` is 1.5, but the transformer is trained without dropping"):
+        run_here("train_sit", *flags, *more)

@@ -315,3 +315,19 @@ def test_latents_of_the_wrong_shape_are_refused(case, shape):
 def test_there_is_one_time_and_one_label_per_sample(case, timestep, class_labels):
     with pytest.raises(ValueError, match=r"`timestep` and `class_labels` must have shape \(batch,\) = \(2,\)"):
         case.build()(seeded_normal(2, 6, 4), timestep, class_labels.long())
+
+
+def test_what_the_blocks_add_is_summed_in_float32_under_autocast(case):
+    model, dtypes = case.build(), []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        case.run(model)
+    assert dtypes == [torch.float32] * len(model.transformer_blocks)
+
+
+def test_classes_cannot_be_added_to_weights_that_are_elsewhere(case):
+    model = case.build()
+    model.class_embed.to("meta")
+    with pytest.raises(ValueError, match="before `enable_sequential_cpu_offload`"):
+        model.add_classes(1)

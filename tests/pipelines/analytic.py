@@ -24,6 +24,7 @@ class AnalyticTransformer(ModelMixin, CacheMixin, ConfigMixin):
         sample_size: int = 1,
         in_channels: int = 3,
         num_classes: int = 1,
+        class_dropout_prob: float = 0.1,
         path: str = "linear",
         temperature_embedding: bool = False,
     ):
@@ -57,6 +58,7 @@ class AffineTransformer(ModelMixin, CacheMixin, ConfigMixin):
         sample_size: int = 1,
         in_channels: int = 3,
         num_classes: int = 1,
+        class_dropout_prob: float = 0.1,
         path: str = "linear",
         temperature_embedding: bool = True,
     ):

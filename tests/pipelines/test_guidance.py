@@ -405,3 +405,13 @@ def test_caches_of_the_two_models_are_apart():
         assert torch.equal(sample(pipe, **settings), cached)  # nothing leaks into the next run
         for model in models:
             model.disable_cache()
+
+
+def test_a_null_class_that_was_never_trained_is_not_asked():
+    pipe = tiny_pipeline("sde")
+    pipe.transformer.register_to_config(class_dropout_prob=0.0)
+    with pytest.raises(ValueError, match="`guidance_scale` = 1.9 is classifier-free guidance, but the `transformer`"):
+        pipe([0], num_inference_steps=2)
+    with pytest.raises(ValueError, match="`class_labels=None` samples from the null class"):
+        pipe(None, guidance_scale=1.0, num_inference_steps=2)
+    assert pipe([0], guidance_scale=1.0, num_inference_steps=2, output_type="np").images.shape[0] == 1

@@ -2,7 +2,7 @@
 
 A tokenizer's `encode` returns, and its `decode` takes, raw latents `z`; a generator sees `(z - mean) / std` with the
 statistics in the tokenizer's config (MAETok uses one scalar of each per checkpoint). Trainers and pipelines call these
-two functions and nothing else.
+two functions; only `StreamingLatents`, which knows no tokenizer, does the same arithmetic with statistics it is given.
 """
 
 from collections.abc import Mapping

@@ -287,7 +287,8 @@ class TransformerBlock(nn.Module):
         skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.skip_proj is not None:
-            hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1))
+            # under autocast the layer returns low precision, in which what the blocks add must not be summed
+            hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1)).to(hidden_states.dtype)
         if self.modulation_type == "adaln_zero":
             terms = [term.unsqueeze(1) for term in self.modulation(conditioning)]  # (B, 1, dim) each
             shift1, scale1, gate1, shift2, scale2, gate2 = terms

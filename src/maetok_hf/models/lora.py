@@ -39,7 +39,8 @@ class LoraInfo(ConfigMixin):
             transformer (`ModelMixin`): A generator.
 
         Returns:
-            `dict[str, str | int]`: Name of its class, and config values.
+            `dict[str, str | int | float | bool]`: Name of its class, and config values.
         """
-        names = ("num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio")
+        names = ("sample_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "mlp_ratio")
+        names += ("path", "temperature_embedding")
         return {"class": type(transformer).__name__} | {name: transformer.config[name] for name in names}

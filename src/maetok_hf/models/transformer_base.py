@@ -96,6 +96,11 @@ class LatentTransformer1DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Cac
                 f"an adapter already wraps the class table (it is a `{type(table).__name__}`): call `add_classes` "
                 "before adding the adapter."
             )
+        if table.weight.is_meta:
+            raise ValueError(
+                "the weights of the class table are not here, as with sequential offloading: call `add_classes` (or "
+                "load the adapter that adds classes) before `enable_sequential_cpu_offload`."
+            )
         num_classes = self.config.num_classes
         classes, null = table.weight.split([num_classes, 1])
         mean = classes.float().mean(dim=0, keepdim=True).to(classes.dtype)
@@ -203,6 +208,9 @@ class LatentTransformer1DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, Cac
         """
         self._check_inputs(hidden_states, timestep, class_labels, guidance_temperature)
         hidden_states = self.proj_in(hidden_states)  # (B, L, D)
+        # Linear layers return low precision under autocast; the sum of what the blocks add must not be kept in it.
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states = hidden_states.float()
         time_embedding = self._embed_time(timestep, guidance_temperature, hidden_states.dtype)
         class_embedding = self.class_embed(self._drop_classes(class_labels, class_drop_mask))
         velocity = self._velocity(hidden_states, time_embedding, class_embedding)

@@ -147,6 +147,12 @@ def resolve_guidance(
         )
     if not _is_number(scale) or not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"`guidance_scale` must be a finite number of at least 0 (1 is no guidance), got {scale!r}.")
+    if method == "cfg" and scale != 1 and transformer.config.class_dropout_prob == 0:
+        raise ValueError(
+            f"`guidance_scale` = {scale} is classifier-free guidance, but the `transformer` was trained without "
+            "dropping classes (`class_dropout_prob` is 0 in its config), so its null class means nothing: pass "
+            "`guidance_scale=1`, or set `pipe.guidance_transformer`."
+        )
     if method == "gft" and scale < 1:
         raise ValueError(
             f"`guidance_scale` must be at least 1 for a transformer trained without guidance, whose temperature is "

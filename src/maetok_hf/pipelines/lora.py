@@ -12,11 +12,12 @@ pipe.transformer.delete_adapters(name)  # or `unload_lora`, for all of them
 """
 
 import difflib
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffusers.utils import get_adapter_name
+from diffusers.utils.hub_utils import _get_model_file
 
 from ..models.lora import LoraInfo
 from .labels import check_id2label, classes_by_name, find_class
@@ -149,7 +150,9 @@ def load_lora_into(
             f"`adapter_name` is {adapter_name!r}, but the transformer has {sorted(taken)}: choose another."
         )
     new_names = _missing_classes(pipeline, info, str(source))
-    adapter_name = adapter_name or get_adapter_name(transformer)
+    _get_model_file(source, weights_name=WEIGHT_NAME, **place)  # missing weights must be known before anything changes
+    if adapter_name is None:
+        adapter_name = next(name for i in itertools.count() if (name := f"default_{i}") not in taken)
     add_named_classes(pipeline, new_names)
     transformer.load_lora_adapter(
         source,

@@ -427,6 +427,11 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             sigmas,
             callback_on_step_end_tensor_inputs,
         )
+        if not labels and self.transformer.config.class_dropout_prob == 0:
+            raise ValueError(
+                "`class_labels=None` samples from the null class, but the `transformer` was trained without dropping "
+                "classes (`class_dropout_prob` is 0 in its config): name a class."
+            )
         self._guidance_method, self._guidance_scale = resolve_guidance(
             guidance_method, guidance_scale, guidance_temperature, self.transformer, self.guidance_transformer
         )

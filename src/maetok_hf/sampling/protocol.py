@@ -91,6 +91,11 @@ def resolve_sampling(
         pipe.transformer,
         pipe.guidance_transformer,
     )
+    if options.guidance_transformer_name_or_path is not None and (method != "autoguidance" or scale == 1):
+        raise ValueError(
+            f"`guidance_transformer_name_or_path` has no effect with `guidance_method` {method!r} at scale {scale}: "
+            "add `--guidance_method autoguidance` and a `--guidance_scale` other than 1, or remove it."
+        )
     if scale == 1 and options.guidance_interval is not None:
         raise ValueError(
             f"`guidance_interval` = {options.guidance_interval} has no effect at scale 1, which is no guidance: "

@@ -350,11 +350,23 @@ def data_identity(source: Any) -> dict[str, Any]:
     return {"num_rows": int(source.num_rows), "classes": classes, "digest": digest.hexdigest()}
 
 
-def model_digest(model: torch.nn.Module) -> str:
-    """A short text that changes with any weight or config value of a model."""
-    settings = {name: value for name, value in model.config.items() if not name.startswith("_")}  # no paths, versions
+def model_digest(model: torch.nn.Module, exclude: str | None = None) -> str:
+    """
+    A short text that changes with any weight or config value of a model.
+
+    Args:
+        model (`torch.nn.Module`): The model.
+        exclude (`str`, *optional*): Beginning of the names of weights and settings that do not count.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    ignored = ("_",) if exclude is None else ("_", exclude)  # no paths, no versions
+    settings = {name: value for name, value in model.config.items() if not name.startswith(ignored)}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
+        if exclude is not None and name.startswith(exclude):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

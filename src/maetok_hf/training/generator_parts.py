@@ -6,6 +6,7 @@ from diffusers import ModelMixin
 from ..seeding import keyed_seed
 from .alignment import FeatureAlignment, check_patches_per_token
 from .flow_matching import FlowMatchingObjective
+from .flow_recipe import FlowRecipe
 from .sit_recipe import SiTRecipe
 from .teachers import load_teacher
 
@@ -44,7 +45,9 @@ def make_transformer(
             f"{pretrained_model_name_or_path!r} and the recipe's `finetuning` is {recipe.finetuning}."
         )
     if pretrained_model_name_or_path is not None:
-        return _trained_transformer(recipe, latent_shape, num_classes, seed, pretrained_model_name_or_path)
+        transformer = _trained_transformer(recipe, latent_shape, num_classes, seed, pretrained_model_name_or_path)
+        check_samples(recipe, transformer)
+        return transformer
 
     settings = dict(recipe.model)
     given = settings.pop("num_classes", None)
@@ -53,13 +56,32 @@ def make_transformer(
     if num_classes is not None and given is not None and num_classes != given:
         raise ValueError(f"`model` sets num_classes={given}, but the data set has {num_classes} classes.")
     torch.manual_seed(keyed_seed(seed, "initialisation"))
-    return recipe.transformer_class(
+    transformer = recipe.transformer_class(
         sample_size=latent_shape[0],
         in_channels=latent_shape[1],
         num_classes=num_classes or given,
         temperature_embedding=recipe.guidance_free,
         **settings,
     )
+    check_samples(recipe, transformer)
+    return transformer
+
+
+def check_samples(recipe: FlowRecipe, transformer: ModelMixin) -> None:
+    """
+    Args:
+        recipe ([`FlowRecipe`]): The recipe.
+        transformer (`ModelMixin`): What it trains.
+
+    Raises:
+        ValueError: If the samples that the run is to show need guidance that the transformer does not learn. Better
+            now than at the first picture.
+    """
+    if recipe.guidance_scale != 1 and transformer.config.class_dropout_prob == 0:
+        raise ValueError(
+            f"`guidance_scale` is {recipe.guidance_scale}, but the transformer is trained without dropping classes "
+            "(its `class_dropout_prob` is 0), so that its samples cannot be guided: set it to 1."
+        )
 
 
 def _trained_transformer(

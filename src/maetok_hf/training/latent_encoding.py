@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,12 @@ def load_tokenizer(name_or_path: str, subfolder: str | None = None, revision: st
 
     Returns:
         `ModelMixin`: The frozen tokenizer in float32, in evaluation mode.
+
+    Raises:
+        ValueError: If there is a `revision` of a local folder.
     """
+    if revision is not None and os.path.isdir(name_or_path):
+        raise ValueError(f"`revision={revision!r}` has no meaning for the local folder {name_or_path}: remove it.")
     tokenizer = AutoModel.from_pretrained(name_or_path, subfolder=subfolder, revision=revision)
     return tokenizer.requires_grad_(False).eval()
 
