@@ -363,6 +363,7 @@ class GeneratorTraining:
             dataset_name=dataset,
             train_split=split,
             base_model=self.options.tokenizer_name_or_path,
+            continued_from=self.options.pretrained_model_name_or_path,
             picture="samples.png" if pictures else None,
         )
         return files

@@ -128,3 +128,9 @@ def test_a_card_is_replaced_as_a_whole(tmp_path):
         )
     assert (tmp_path / "README.md").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "template.md"]
+
+
+def test_continued_training_names_what_it_continues(tmp_path):
+    assert "continuing" not in make_card(tmp_path, "sit").text
+    assert "continuing `first`" in make_card(tmp_path, "sit", continued_from=str(tmp_path / "first")).text
+    assert "continuing `user/first`" in make_card(tmp_path, "sit", continued_from="user/first").text

@@ -24,6 +24,7 @@ def write_model_card(
     dataset_name: str,
     train_split: str,
     base_model: str | None = None,
+    continued_from: str | None = None,
     validation_split: str | None = None,
     metrics: Mapping[str, float] | None = None,
     protocol: str | None = None,
@@ -55,6 +56,8 @@ def write_model_card(
             Its split that was trained on.
         base_model (`str`, *optional*):
             Name or path of the model that the training began from, or whose latents it used.
+        continued_from (`str`, *optional*):
+            Name or path of the model whose training was continued, where that is not `base_model`.
         validation_split (`str`, *optional*):
             Split on which `metrics` were measured.
         metrics (`Mapping[str, float]`, *optional*):
@@ -93,6 +96,7 @@ def write_model_card(
         train_split=train_split,
         base_model=base_model and _public_name(base_model),
         base_model_is_on_hub=hub_base_model is not None,
+        continued_from=continued_from and _public_name(continued_from),
         validation_split=validation_split,
         metrics={METRIC_LABELS.get(name, name): f"{value:.4g}" for name, value in measured.items()},
         num_images=num_images,
