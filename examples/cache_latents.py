@@ -58,7 +58,7 @@ from maetok_hf.training.cache_options import CacheOptions
 from maetok_hf.training.checkpointing import data_identity, write_json
 from maetok_hf.training.configuration import add_flags, build, given_flags
 from maetok_hf.training.interruption import RunLock, end_process
-from maetok_hf.training.latent_card import public_name, write_latents_card
+from maetok_hf.training.latent_card import write_latents_card
 from maetok_hf.training.latent_encoding import (
     ViewEncoder,
     encode_grid,
@@ -67,6 +67,7 @@ from maetok_hf.training.latent_encoding import (
     to_tokens,
 )
 from maetok_hf.training.latent_statistics import LatentStatistics, summarize_statistics
+from maetok_hf.training.model_card import public_name
 from maetok_hf.training.resumption import check_identity
 
 
