@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import DatasetCard
 
-from maetok_hf.training.latent_card import public_name, write_latents_card
+from maetok_hf.training.latent_card import write_latents_card
+from maetok_hf.training.model_card import public_name
 
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "model_cards" / "latents_template.md"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .model_card import _is_on_hub
+from .model_card import is_on_hub
 
 
 _SIZE_CATEGORIES = {
@@ -21,11 +21,6 @@ _SIZE_CATEGORIES = {
 
 def _size_category(num_rows: int) -> str:
     return next((name for limit, name in _SIZE_CATEGORIES.items() if num_rows < limit), "n>1B")
-
-
-def public_name(name: str) -> str:
-    """Name of a model or data set for others to see: of a local folder the last part of its path."""
-    return name if _is_on_hub(name) else Path(name).name
 
 
 def write_latents_card(
@@ -54,7 +49,7 @@ def write_latents_card(
         DatasetCardData(
             task_categories=["unconditional-image-generation"],
             size_categories=[_size_category(metadata["num_rows"])],
-            source_datasets=[dataset["name"]] if _is_on_hub(dataset["name"]) else None,
+            source_datasets=[dataset["name"]] if is_on_hub(dataset["name"]) else None,
             configs=configs,
         ),
         template_path=str(template_path),
@@ -62,8 +57,8 @@ def write_latents_card(
         repo_id=repo_id,
         metadata=metadata,
         scalar=metadata["statistics"]["scalar"],
-        dataset_is_on_hub=_is_on_hub(dataset["name"]),
-        tokenizer_is_on_hub=_is_on_hub(tokenizer["name_or_path"]),
+        dataset_is_on_hub=is_on_hub(dataset["name"]),
+        tokenizer_is_on_hub=is_on_hub(tokenizer["name_or_path"]),
         counts={name: count for name, count in metadata["counts"].items() if count},
     )
     path = Path(folder) / "README.md"

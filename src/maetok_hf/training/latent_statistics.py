@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..models.autoencoder_mae import AutoencoderMAE
+from ..moments import RunningMoments
 from .latent_encoding import encode_tokens
 
 
@@ -15,17 +16,14 @@ logger = logging.getLogger(__name__)
 
 class LatentStatistics:
     """
-    Exact running mean and variance per latent channel in float64 (Chan, Golub and LeVeque, 1979: statistics of two
-    sets from those of each).
+    Exact running mean and variance per latent channel in float64, see [`RunningMoments`].
 
     Args:
         num_channels (`int`): Channels of the latents.
     """
 
     def __init__(self, num_channels: int):
-        self.count = 0
-        self.mean = torch.zeros(num_channels, dtype=torch.float64)
-        self.squared_deviations = torch.zeros(num_channels, dtype=torch.float64)
+        self.moments = RunningMoments.zeros(num_channels, diagonal=True)
 
     def update(self, latents: torch.Tensor) -> None:
         """
@@ -38,15 +36,15 @@ class LatentStatistics:
         Raises:
             ValueError: If the latents have another number of channels.
         """
-        if latents.shape[-1] != len(self.mean):
-            raise ValueError(f"`latents` must have {len(self.mean)} channels, got shape {tuple(latents.shape)}.")
-        values = latents.detach().cpu().double().flatten(0, -2)
-        mean = values.mean(dim=0)
-        self._merge(len(values), mean, (values - mean).square().sum(dim=0))
+        if latents.shape[-1] != len(self.moments.mean):
+            raise ValueError(
+                f"`latents` must have {len(self.moments.mean)} channels, got shape {tuple(latents.shape)}."
+            )
+        self.moments.update(latents.flatten(0, -2))
 
     def state(self) -> torch.Tensor:
         """The statistics as one float64 tensor of shape `(3, num_channels)`, to be gathered over processes."""
-        return torch.stack([torch.full_like(self.mean, self.count), self.mean, self.squared_deviations])
+        return self.moments.state()
 
     @classmethod
     def merged(cls, states: Iterable[torch.Tensor]) -> "LatentStatistics":
@@ -59,20 +57,8 @@ class LatentStatistics:
         """
         states = [state.cpu().double() for state in states]
         statistics = cls(states[0].shape[-1])
-        for state in states:
-            statistics._merge(int(state[0, 0]), state[1], state[2])
+        statistics.moments = RunningMoments.merged(states, diagonal=True)
         return statistics
-
-    def _merge(self, count: int, mean: torch.Tensor, squared_deviations: torch.Tensor) -> None:
-        if count == 0:
-            return
-        total = self.count + count
-        difference = mean - self.mean
-        self.mean = self.mean + difference * (count / total)
-        self.squared_deviations = (
-            self.squared_deviations + squared_deviations + difference.square() * (self.count * count / total)
-        )
-        self.count = total
 
     def result(self, kind: str) -> tuple[float | list[float], float | list[float]]:
         """
@@ -89,11 +75,12 @@ class LatentStatistics:
         """
         if kind not in ("scalar", "channel"):
             raise ValueError(f"`kind` must be 'scalar' or 'channel', got {kind!r}.")
-        if self.count == 0:
+        if self.moments.count == 0:
             raise ValueError("No latents were added, so there is no mean.")
-        if not (self.mean.isfinite() & self.squared_deviations.isfinite()).all():
+        mean, scatter = self.moments.mean, self.moments.scatter
+        if not (mean.isfinite() & scatter.isfinite()).all():
             raise ValueError("The latents are not finite: the tokenizer is broken or its training diverged.")
-        mean, variance = self.mean, self.squared_deviations / self.count
+        variance = self.moments.variance
         if kind == "scalar":
             overall = mean.mean()
             mean, variance = overall, (variance + (mean - overall).square()).mean()

@@ -77,8 +77,8 @@ def write_model_card(
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    hub_dataset = dataset_name if _is_on_hub(dataset_name) else None
-    hub_base_model = base_model if base_model is not None and _is_on_hub(base_model) else None
+    hub_dataset = dataset_name if is_on_hub(dataset_name) else None
+    hub_base_model = base_model if base_model is not None and is_on_hub(base_model) else None
     measured = {name: value for name, value in (metrics or {}).items() if value is not None and math.isfinite(value)}
     num_images = measured.pop("num_images", None)
     card = ModelCard.from_template(
@@ -91,12 +91,12 @@ def write_model_card(
         max_train_steps=recipe["max_train_steps"],
         total_batch_size=recipe["total_batch_size"],
         config=model_config,
-        dataset=_public_name(dataset_name),
+        dataset=public_name(dataset_name),
         dataset_is_on_hub=hub_dataset is not None,
         train_split=train_split,
-        base_model=base_model and _public_name(base_model),
+        base_model=base_model and public_name(base_model),
         base_model_is_on_hub=hub_base_model is not None,
-        continued_from=continued_from and _public_name(continued_from),
+        continued_from=continued_from and public_name(continued_from),
         validation_split=validation_split,
         metrics={METRIC_LABELS.get(name, name): f"{value:.4g}" for name, value in measured.items()},
         num_images=num_images,
@@ -109,7 +109,7 @@ def write_model_card(
             EvalResult(
                 task_type=card.data.pipeline_tag,
                 dataset_type=dataset_name if hub_dataset else "local",
-                dataset_name=_public_name(dataset_name),
+                dataset_name=public_name(dataset_name),
                 dataset_split=validation_split,
                 metric_type=name,
                 metric_name=METRIC_LABELS.get(name, name),
@@ -124,12 +124,14 @@ def write_model_card(
     return path
 
 
-def _is_on_hub(name: str) -> bool:
+def is_on_hub(name: str) -> bool:
+    """Whether the name of a model or data set can be that of a repository: it is no local folder."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and name[0] not in "./" and not Path(name).exists()
 
 
-def _public_name(name: str) -> str:
-    return name if _is_on_hub(name) else Path(name).name
+def public_name(name: str) -> str:
+    """Name of a model or data set for others to see: of a local folder the last part of its path."""
+    return name if is_on_hub(name) else Path(name).name
 
 
 def _table_cell(value: str | int | float | bool) -> str:
