@@ -35,10 +35,15 @@ EXTRAS = {
     ],
     "lora": ["peft>=0.17", "transformers>=5"],
 }
+EXTRAS["evaluation"] = [*EXTRAS["training"], "torch-fidelity>=0.4"]
 EXTRAS["demo"] = [*EXTRAS["training"], "mlxtend>=0.23", "scikit-learn>=1.5"]
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["lora"],
+    *EXTRAS["evaluation"],
+    "piq>=0.8",  # other implementations of metrics, which tests compare with
+    "prdc>=0.2",
+    "scipy>=1.11",
     "codespell>=2.3",
     # pytest 10 drops the class-scoped instance fixtures that diffusers' test mixins use
     "pytest>=8,<10",

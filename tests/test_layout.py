@@ -14,20 +14,23 @@ LINE_CAP = 600
 # parts of the package that a part may import, besides itself
 INNER = {
     "seeding": set(),
+    "moments": set(),
     "models": set(),
     "schedulers": set(),
     "pipelines": {"models", "schedulers"},
     "conversion": {"models"},
-    "analysis": {"models", "seeding"},
+    "analysis": {"models", "moments", "seeding"},
     "data": {"seeding"},
-    "training": {"models", "schedulers", "seeding"},
+    "training": {"models", "moments", "schedulers", "seeding"},
     "sampling": {"models", "pipelines", "schedulers", "seeding", "training"},
+    "evaluation": {"data", "moments"},
     "_register": {"models", "pipelines"},
     "__init__": {"_register", "conversion", "models", "pipelines", "schedulers"},
 }
 # third-party packages that a part may import, anywhere in its files
 OUTER = {
     "seeding": {"torch"},
+    "moments": {"torch"},
     "models": {"diffusers", "torch"},
     "schedulers": {"diffusers", "numpy", "torch"},
     "pipelines": {"diffusers", "numpy", "torch"},
@@ -35,6 +38,7 @@ OUTER = {
     "analysis": {"torch"},
     "data": {"PIL", "datasets", "fsspec", "mlxtend", "numpy", "pyarrow", "torch"},
     "sampling": {"PIL", "diffusers", "numpy", "torch"},
+    "evaluation": {"numpy", "torch", "torch_fidelity", "transformers"},
     "training": {
         "PIL",
         "diffusers",
@@ -65,6 +69,7 @@ LAZY = {
     "peft",
     "pyarrow",
     "timm",
+    "torch_fidelity",
     "torchmetrics",
     "torchvision",
     "trackio",

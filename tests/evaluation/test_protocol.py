@@ -1,0 +1,76 @@
+"""Every number carries its conditions; what is not known is said to be so."""
+
+import json
+
+import pytest
+
+from maetok_hf.evaluation import EvaluationProtocol
+from maetok_hf.sampling import GenerateOptions, resolve_sampling, sampling_settings
+from tests.evaluation.networks import TinyExtractor
+from tests.pipelines.helpers import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return TinyExtractor()
+
+
+def settings(**values):
+    given = {"pretrained_model_name_or_path": "x", "output_dir": "y", "num_images": 12, "num_inference_steps": 3}
+    options, pipe = GenerateOptions(**given | values), tiny_pipeline()
+    classes = list(range(pipe.transformer.config.num_classes))
+    found = sampling_settings(options, pipe, classes, resolve_sampling(options, pipe, classes))
+    return json.loads(json.dumps(found))
+
+
+def test_line_states_every_condition(extractor):
+    values = settings(guidance_scale=1.9, guidance_interval=(0.0, 0.5), dtype="bfloat16", rounding="truncate")
+    protocol = EvaluationProtocol.of(extractor, "train set", 12, 100, values)
+    line = protocol.line()
+    for part in (
+        "extractor tiny;",
+        f"extractor digest {extractor.digest[:12]};",
+        "resize none;",
+        "reference train set;",
+        "num images 12;",
+        "num reference images 100;",
+        "labels balanced, all classes of",
+        "sampler FlowMatch",
+        "num inference steps 3;",
+        "guidance cfg 1.9 in [0.0, 0.5];",
+        "dtype bfloat16;",
+        "rounding truncate",
+    ):
+        assert part in line
+    assert "not stated" not in line
+
+
+def test_set_without_guidance_says_so(extractor):
+    protocol = EvaluationProtocol.of(extractor, "x", 12, None, settings(guidance_scale=1.0))
+    assert protocol.guidance == "none"
+
+
+def test_images_from_elsewhere_state_what_is_not_known(extractor):
+    protocol = EvaluationProtocol.of(extractor, "VIRTUAL_imagenet256_labeled.npz", 50000)
+    line = protocol.line()
+    for name in ("num reference images", "labels", "sampler", "num inference steps", "guidance", "dtype", "rounding"):
+        assert f"{name} not stated" in line
+
+
+def test_protocol_survives_json(extractor):
+    protocol = EvaluationProtocol.of(extractor, "x", 12, 5, settings())
+    assert EvaluationProtocol(**json.loads(json.dumps(protocol.to_dict()))) == protocol
+
+
+def test_features_are_identified_by_extractor_weights_and_resize(extractor):
+    identity = EvaluationProtocol.of(extractor, "x", 12).feature_identity()
+    assert identity == {"extractor": "tiny", "extractor_digest": extractor.digest, "resize": "none"}
+    other = EvaluationProtocol.of(TinyExtractor(1), "x", 12).feature_identity()
+    assert other != identity
+
+
+def test_numbers_of_images_must_be_positive(extractor):
+    with pytest.raises(ValueError, match="`num_images` must be positive, got 0"):
+        EvaluationProtocol.of(extractor, "x", 0)
+    with pytest.raises(ValueError, match="`num_reference_images` must be positive, got -1"):
+        EvaluationProtocol.of(extractor, "x", 1, -1)
