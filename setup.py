@@ -35,15 +35,17 @@ EXTRAS = {
     ],
     "lora": ["peft>=0.17", "transformers>=5"],
 }
-EXTRAS["evaluation"] = [*EXTRAS["training"], "torch-fidelity>=0.4"]
+EXTRAS["evaluation"] = [*EXTRAS["training"], "evaluate>=0.4.6", "matplotlib>=3.8", "torch-fidelity>=0.4"]
+EXTRAS["analysis"] = [*EXTRAS["training"], "matplotlib>=3.8", "umap-learn>=0.5.7"]
 EXTRAS["demo"] = [*EXTRAS["training"], "mlxtend>=0.23", "scikit-learn>=1.5"]
+EXTRAS["study"] = [*EXTRAS["demo"], *EXTRAS["evaluation"], "scipy>=1.11"]
 EXTRAS["dev"] = [
-    *EXTRAS["demo"],
+    *EXTRAS["analysis"],
     *EXTRAS["lora"],
-    *EXTRAS["evaluation"],
+    *EXTRAS["study"],
     "piq>=0.8",  # other implementations of metrics, which tests compare with
     "prdc>=0.2",
-    "scipy>=1.11",
+    "scikit-image>=0.24",
     "codespell>=2.3",
     # pytest 10 drops the class-scoped instance fixtures that diffusers' test mixins use
     "pytest>=8,<10",

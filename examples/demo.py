@@ -24,14 +24,11 @@ real digits, and held-out reconstructions have a PSNR of at least 19 dB.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -48,6 +45,7 @@ from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline
 from maetok_hf.data import export_mnist
 from maetok_hf.training.checkpointing import model_digest
 from maetok_hf.training.interruption import RunLock
+from maetok_hf.training.launching import run_command
 from maetok_hf.training.recipes import load_recipe, recipe_to_dict
 from maetok_hf.training.sit_recipe import SiTRecipe
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
@@ -102,48 +100,6 @@ def write_atomically(path: Path, write) -> None:
     os.replace(temporary, path)
 
 
-def run_stage(command: list[str], output_dir: Path) -> int:
-    """
-    Run a training command and return its status. However this process ends, the training ends with it.
-
-    Its processes get SIGTERM, upon which the training saves a checkpoint in `output_dir`, on Ctrl-C or SIGTERM here
-    (`accelerate launch` would not pass these on), and also if this process or the `make` that started it is killed. A
-    second Ctrl-C kills them.
-    """
-    process, received = None, []
-
-    def forward() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL if received.count(signal.SIGINT) > 1 else signal.SIGTERM)
-
-    def receive(number: int, frame) -> None:
-        received.append(number)
-        if process is not None:
-            forward()
-
-    maker = os.getppid() if "MAKELEVEL" in os.environ else None
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        process = subprocess.Popen(command, start_new_session=True)
-        # The end of this process, whatever its cause, is the end of the watcher's input.
-        watch = f"read -r _; kill -s TERM -- -{process.pid}"
-        watcher = subprocess.Popen(["sh", "-c", watch], stdin=subprocess.PIPE, start_new_session=True)
-        if received:  # before there was a process
-            forward()
-        while process.poll() is None:
-            if maker not in (None, os.getppid()) and not received:
-                receive(signal.SIGTERM, None)
-            time.sleep(0.2)
-        watcher.kill()
-        watcher.communicate()
-        if received and (output_dir / ".lock").exists():
-            RunLock(output_dir).release()  # the launcher is gone, but the training may still be saving
-        return 128 + received[0] if received else process.returncode
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def launch(script: str, output_dir: Path, args: argparse.Namespace, *flags: str) -> None:
     """Run a script through `accelerate launch`; this process ends if that fails."""
     command = [
@@ -154,7 +110,7 @@ def launch(script: str, output_dir: Path, args: argparse.Namespace, *flags: str)
         *(str(EXAMPLES / script), "--output_dir", str(output_dir), *flags),
     ]
     print(f"\n=== {output_dir.name}\n{shlex.join(command)}\n", flush=True)
-    status = run_stage(command, output_dir)
+    status = run_command(command, output_dir)
     if status != 0:
         sys.exit(f"{script} ended with status {status}; give the same command again to go on from where it was.")
 

@@ -45,12 +45,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
-from diffusers import AutoModel
 
-from maetok_hf import MAETokDiffusionPipeline
 from maetok_hf.sampling import (
     GenerateOptions,
     ImageSet,
@@ -59,7 +56,7 @@ from maetok_hf.sampling import (
     draw_labels,
     generate_images,
     image_shape,
-    make_scheduler,
+    load_pipeline,
     record_settings,
     resolve_sampling,
     run_settings,
@@ -94,24 +91,6 @@ def parse_options() -> GenerateOptions:
         parser.error(str(error))
 
 
-def load_pipeline(options: GenerateOptions, accelerator: Accelerator) -> MAETokDiffusionPipeline:
-    """The pipeline on this process's device, with the scheduler that is asked for."""
-    dtype, components = getattr(torch, options.dtype), {}
-    if options.revision is not None and Path(options.pretrained_model_name_or_path).is_dir():
-        raise ValueError(f"`revision` = {options.revision!r} has no meaning for a local folder: remove it.")
-    with accelerator.local_main_process_first():
-        if options.guidance_transformer_name_or_path is not None:
-            weak = AutoModel.from_pretrained(options.guidance_transformer_name_or_path, torch_dtype=dtype)
-            components = {"guidance_transformer": weak}
-        pipe = MAETokDiffusionPipeline.from_pretrained(
-            options.pretrained_model_name_or_path, revision=options.revision, torch_dtype=dtype, **components
-        )
-    pipe.set_progress_bar_config(disable=True)
-    if options.scheduler is not None:
-        pipe.scheduler = make_scheduler(options.scheduler, pipe)
-    return pipe.to(accelerator.device)
-
-
 class Generation:
     """One set of images: what is asked for, what is there, and what this process has to do."""
 
@@ -132,7 +111,8 @@ class Generation:
         self.images = ImageSet(self.output_dir / "images", options.num_images)
         self.npz = self.output_dir / "samples.npz"
 
-        self.pipe = load_pipeline(options, self.accelerator)
+        with self.accelerator.local_main_process_first():
+            self.pipe = load_pipeline(options, self.accelerator.device)
         self.classes = select_classes(options.class_labels, self.pipe)
         self.sampling = resolve_sampling(options, self.pipe, self.classes)
         self.labels = draw_labels(options.num_images, self.classes, options.label_draw, options.seed)

@@ -19,11 +19,14 @@ INNER = {
     "schedulers": set(),
     "pipelines": {"models", "schedulers"},
     "conversion": {"models"},
-    "analysis": {"models", "moments", "seeding"},
+    "analysis": {"data", "models", "moments", "seeding", "training"},
     "data": {"seeding"},
     "training": {"models", "moments", "schedulers", "seeding"},
     "sampling": {"models", "pipelines", "schedulers", "seeding", "training"},
-    "evaluation": {"data", "moments"},
+    "evaluation": {"data", "models", "moments", "pipelines", "sampling", "training"},
+    "metrics": {"data", "evaluation", "moments"},
+    "study": {"analysis", "data", "evaluation", "models", "moments", "pipelines", "sampling", "seeding", "training"},
+    "commands": {"analysis", "data", "evaluation", "training"},
     "_register": {"models", "pipelines"},
     "__init__": {"_register", "conversion", "models", "pipelines", "schedulers"},
 }
@@ -35,10 +38,13 @@ OUTER = {
     "schedulers": {"diffusers", "numpy", "torch"},
     "pipelines": {"diffusers", "numpy", "torch"},
     "conversion": {"diffusers", "huggingface_hub", "safetensors", "torch"},
-    "analysis": {"torch"},
+    "analysis": {"matplotlib", "numpy", "torch", "umap"},
     "data": {"PIL", "datasets", "fsspec", "mlxtend", "numpy", "pyarrow", "torch"},
     "sampling": {"PIL", "diffusers", "numpy", "torch"},
-    "evaluation": {"numpy", "torch", "torch_fidelity", "transformers"},
+    "evaluation": {"diffusers", "numpy", "torch", "torch_fidelity", "transformers"},
+    "metrics": {"datasets", "evaluate", "numpy", "torch"},
+    "study": {"matplotlib", "safetensors", "scipy", "torch"},
+    "commands": {"torch"},
     "training": {
         "PIL",
         "diffusers",
@@ -65,18 +71,22 @@ LAZY = {
     "fsspec",
     "huggingface_hub",
     "lpips",
+    "matplotlib",
     "mlxtend",
     "peft",
     "pyarrow",
+    "scipy",
     "timm",
     "torch_fidelity",
     "torchmetrics",
     "torchvision",
     "trackio",
     "transformers",
+    "umap",
 }
 # the only modules of the package that know accelerate
 ACCELERATE = {PACKAGE / "training" / name for name in ("checkpointing.py", "run.py", "sharding.py")}
+ACCELERATE.add(PACKAGE / "commands" / "processes.py")
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "examples").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])

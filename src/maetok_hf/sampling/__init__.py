@@ -3,6 +3,7 @@
 from .classes import describe_counts, draw_labels, select_classes
 from .generation import generate_images, split_into_batches
 from .image_set import ImageSet
+from .loading import load_pipeline
 from .npz import npz_size, write_npz
 from .options import GenerateOptions
 from .pixels import to_uint8
@@ -25,6 +26,7 @@ __all__ = [
     "draw_labels",
     "generate_images",
     "image_shape",
+    "load_pipeline",
     "make_scheduler",
     "npz_size",
     "record_settings",

@@ -1,4 +1,4 @@
-"""What `generate.py` is asked for."""
+"""How the images of a set are sampled from a pipeline, and what `generate.py` is asked for."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,9 +8,9 @@ FORMATS = ("png", "npz")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class SamplingOptions:
     """
-    Options of `generate.py`.
+    What to sample from, how many images of which classes, and by which solver.
 
     Args:
         pretrained_model_name_or_path (`str`):
@@ -20,8 +20,6 @@ class GenerateOptions:
         guidance_transformer_name_or_path (`str`, *optional*):
             Weaker transformer for autoguidance, a folder or a Hub repository, such as `transformer_ema` of an early
             checkpoint of the training; by default the pipeline's own, if it has one.
-        output_dir (`str`):
-            Folder of the set, on a file system that all processes share.
         num_images (`int`, *optional*, defaults to 50000):
             Images of the set.
         class_labels (`list[str]`, *optional*, defaults to `["all"]`):
@@ -38,6 +36,39 @@ class GenerateOptions:
         scheduler (`str`, *optional*):
             Solver: `"euler-maruyama"` (the paper's), `"euler"`, `"heun"`, `"unipc"` or `"dpm-solver++"`, with the time
             shift of the pipeline's own one, which is the default.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            `"float32"`, `"bfloat16"` or `"float16"`, in which the models compute; the solver's state is float32.
+        rounding (`str`, *optional*, defaults to `"nearest"`):
+            How pixels become 8-bit: `"nearest"`, as in DiT and SiT, or `"truncate"`, as in ADM, whose images are
+            darker by half a level on average.
+    """
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    guidance_transformer_name_or_path: str | None = None
+    num_images: int = 50_000
+    class_labels: list[str] = field(default_factory=lambda: ["all"])
+    label_draw: Literal["balanced", "random"] = "balanced"
+    seed: int = 0
+    batch_size: int = 64
+    num_inference_steps: int = 250
+    scheduler: Literal["euler-maruyama", "euler", "heun", "unipc", "dpm-solver++"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    rounding: Literal["nearest", "truncate"] = "nearest"
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size", "num_inference_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceOptions:
+    """
+    How samples are guided.
+
+    Args:
         guidance_method (`str`, *optional*):
             `"cfg"`, `"autoguidance"` or `"gft"`; by default what the pipeline was made for.
         guidance_scale (`float`, *optional*):
@@ -46,37 +77,30 @@ class GenerateOptions:
             Temperature of `"gft"` in (0, 1], instead of `guidance_scale`.
         guidance_interval (`list[float]`, *optional*):
             Lowest and highest time of guidance, noise at 1; 0 and 0.75 by default.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            `"float32"`, `"bfloat16"` or `"float16"`, in which the models compute; the solver's state is float32.
-        rounding (`str`, *optional*, defaults to `"nearest"`):
-            How pixels become 8-bit: `"nearest"`, as in DiT and SiT, or `"truncate"`, as in ADM, whose images are
-            darker by half a level on average.
-        format (`list[str]`, *optional*, defaults to `["png"]`):
-            `png` for a folder of files, `npz` for one file for the evaluation suite of ADM, or both.
     """
 
-    pretrained_model_name_or_path: str
-    revision: str | None = None
-    guidance_transformer_name_or_path: str | None = None
-    output_dir: str
-    num_images: int = 50_000
-    class_labels: list[str] = field(default_factory=lambda: ["all"])
-    label_draw: Literal["balanced", "random"] = "balanced"
-    seed: int = 0
-    batch_size: int = 64
-    num_inference_steps: int = 250
-    scheduler: Literal["euler-maruyama", "euler", "heun", "unipc", "dpm-solver++"] | None = None
     guidance_method: Literal["cfg", "autoguidance", "gft"] | None = None
     guidance_scale: float | None = None
     guidance_temperature: float | None = None
     guidance_interval: list[float] | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    rounding: Literal["nearest", "truncate"] = "nearest"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(GuidanceOptions, SamplingOptions):
+    """
+    Options of `generate.py`.
+
+    Args:
+        output_dir (`str`):
+            Folder of the set, on a file system that all processes share.
+        format (`list[str]`, *optional*, defaults to `["png"]`):
+            `png` for a folder of files, `npz` for one file for the evaluation suite of ADM, or both.
+    """
+
+    output_dir: str
     format: list[str] = field(default_factory=lambda: ["png"])
 
     def __post_init__(self):
-        for name in ("num_images", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        super().__post_init__()
         if not self.format or not set(self.format) <= set(FORMATS) or len(set(self.format)) < len(self.format):
             raise ValueError(f"`format` must name one or both of {', '.join(FORMATS)}, got {self.format}.")

@@ -1,4 +1,4 @@
-"""`demo.py`: a stage ends with the demonstration, however that ends."""
+"""A training that another program runs ends with that program, however it ends."""
 
 import contextlib
 import os
@@ -6,14 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from maetok_hf.training.interruption import RunLock
 
-
-DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 
 # Like a training process: holds the folder, and takes a while to save when it is told to stop
 TRAINING = """
@@ -35,14 +32,12 @@ LAUNCHER = """
 import subprocess, sys
 sys.exit(subprocess.call([sys.executable, "-c", sys.argv[1], sys.argv[2]]))
 """
-STAGE = """
-import importlib.util, sys
+PROGRAM = """
+import sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("demo", sys.argv[1])
-demo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(demo)
-launcher, training, folder = sys.argv[2:]
-sys.exit(demo.run_stage([sys.executable, "-c", launcher, training, folder], Path(folder)))
+from maetok_hf.training.launching import run_command
+launcher, training, folder = sys.argv[1:]
+sys.exit(run_command([sys.executable, "-c", launcher, training, folder], Path(folder)))
 """
 # Like `make`: waits for its recipe
 MAKER = """
@@ -63,19 +58,19 @@ def wait_for(condition):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("whom", "name"),
-    # a terminal sends SIGINT to `make` and to the demonstration
-    [("demo", "INT"), ("demo", "TERM"), ("demo", "KILL"), ("make", "TERM"), ("make", "KILL")],
+    # a terminal sends SIGINT to `make` and to the program
+    [("program", "INT"), ("program", "TERM"), ("program", "KILL"), ("make", "TERM"), ("make", "KILL")],
 )
-def test_training_saves_and_ends_when_the_demonstration_is_stopped_or_killed(tmp_path, whom, name):
-    command = [sys.executable, "-c", MAKER, STAGE, str(DEMO), LAUNCHER, TRAINING, str(tmp_path)]
+def test_training_saves_and_ends_when_the_program_is_stopped_or_killed(tmp_path, whom, name):
+    command = [sys.executable, "-c", MAKER, PROGRAM, LAUNCHER, TRAINING, str(tmp_path)]
     environment = os.environ | {"MAKELEVEL": "1"}
     maker = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True, text=True)
     try:
-        demo = int(maker.stdout.readline())
+        program = int(maker.stdout.readline())
         wait_for((tmp_path / "begun").exists)
-        os.kill(demo if whom == "demo" else maker.pid, getattr(signal, f"SIG{name}"))
+        os.kill(program if whom == "program" else maker.pid, getattr(signal, f"SIG{name}"))
         maker.wait(timeout=60)
-        if whom == "demo" and name != "KILL":
+        if whom == "program" and name != "KILL":
             # a stop that is obeyed has been waited for
             assert (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
         RunLock(tmp_path, patience=60.0).release()
