@@ -149,6 +149,7 @@ def mixture_curve(
     seeds: Sequence[int] = (0, 1, 2),
     *,
     settings: MixtureSettings = MixtureSettings(),
+    principal: PrincipalComponents | None = None,
     device: torch.device | str | None = None,
     folder: str | Path | None = None,
 ) -> MixtureCurve:
@@ -162,7 +163,10 @@ def mixture_curve(
         sizes (`Sequence[int]`): Numbers of components; the paper's are 50 to 300.
         seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`): Seeds of the initial parameters.
         settings ([`MixtureSettings`], *optional*): How to fit.
-        device (`torch.device` or `str`, *optional*): Where to compute; by default where the latents are.
+        principal ([`PrincipalComponents`], *optional*): Those of the training latents on which to project, for the
+            same number of them with every tokenizer; by default as many as exceed `settings.variance`.
+        device (`torch.device` or `str`, *optional*): Where to compute; by default where the latents, or the principal
+            components, are.
         folder (`str` or `Path`, *optional*): Where each mixture's numbers are written as JSON when it is done, and
             found when the same is computed again. The reduced latents lie there in float32 meanwhile, instead of in
             memory.
@@ -178,12 +182,14 @@ def mixture_curve(
     for name, values in (("sizes", sizes), ("seeds", seeds)):
         if not values or len(set(values)) != len(values):
             raise ValueError(f"`{name}` must be at least one number, and none of them twice, got {list(values)}.")
-    principal = fit_principal_components(train, settings.variance, device=device)
+    if principal is None:
+        principal = fit_principal_components(train, settings.variance, device=device)
+    elif device is not None:
+        principal = principal.to(device)
     if not 1 <= min(sizes) <= max(sizes) <= principal.count:
         raise ValueError(
             f"`sizes` must lie in [1, {principal.count}], the number of training latents, got {list(sizes)}."
         )
-    device = principal.mean.device
     if folder is None:
         return _curve(train, held_out, sizes, seeds, settings, principal, None, None)
     folder = Path(folder)

@@ -43,6 +43,23 @@ class PrincipalComponents:
         """Effective rank of the training latents minus their mean, see [`effective_rank`]."""
         return effective_rank(self.variances.sqrt())
 
+    def to(self, device: torch.device | str) -> "PrincipalComponents":
+        """
+        The same on a device.
+
+        Args:
+            device (`torch.device` or `str`): It must have float64.
+
+        Returns:
+            [`PrincipalComponents`]: The components there.
+        """
+        return PrincipalComponents(
+            mean=self.mean.to(device),
+            components=self.components.to(device),
+            variances=self.variances.to(device),
+            count=self.count,
+        )
+
     def project(self, latents: torch.Tensor, standardize: bool = True) -> torch.Tensor:
         """
         Coordinates of latents along the components.
