@@ -57,6 +57,52 @@ def test_shapes_must_agree(metric):
         metric(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 32, 32))
 
 
+@pytest.fixture(scope="module", params=["astronaut", "chelsea", "coffee"])
+def photograph(request):
+    """A photograph and a noisy copy of it, both 8-bit, of shape (256, 256, 3)."""
+    image = getattr(pytest.importorskip("skimage.data"), request.param)()[20:276, 100:356]
+    noise = 20 * seeded_normal(*image.shape).numpy()
+    return image, (image + noise).clip(0, 255).round().astype(np.uint8)
+
+
+def to_pixel_values(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)[None].double() / 127.5 - 1
+
+
+def test_psnr_of_photographs_is_that_of_piq_and_scikit_image(photograph):
+    import piq
+    from skimage.metrics import peak_signal_noise_ratio
+
+    image, noisy = photograph
+    first, second = to_pixel_values(noisy), to_pixel_values(image)
+    found = peak_signal_to_noise_ratio(first, second).item()
+    assert found == pytest.approx(peak_signal_noise_ratio(image, noisy, data_range=255), rel=1e-6)
+    assert found == pytest.approx(piq.psnr((first + 1) / 2, (second + 1) / 2, data_range=1.0).item(), rel=1e-6)
+
+
+def test_ssim_of_photographs_is_that_of_scikit_image(photograph):
+    """scikit-image leaves out what is nearer to the border than half a window. A border that is added by reflection
+    gives it the windows that the library has there."""
+    from skimage.metrics import structural_similarity as independent
+
+    image, noisy = photograph
+    found = structural_similarity(to_pixel_values(noisy), to_pixel_values(image)).item()
+    border = [(5, 5), (5, 5), (0, 0)]
+    padded = [np.pad(pixels / 255, border, mode="reflect") for pixels in (noisy, image)]
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    assert found == pytest.approx(independent(*padded, channel_axis=2, **options), rel=1e-4)
+
+
+def test_ssim_of_photographs_is_that_of_piq(photograph):
+    import piq
+
+    image, noisy = photograph
+    found = structural_similarity(to_pixel_values(noisy), to_pixel_values(image)).item()
+    padded = [torch.nn.functional.pad(to_pixel_values(pixels), [5] * 4, "reflect") for pixels in (noisy, image)]
+    mapped = [(pixels + 1) / 2 for pixels in padded]
+    assert found == pytest.approx(piq.ssim(*mapped, data_range=1.0, downsample=False).item(), rel=1e-4)
+
+
 def test_ssim_of_constant_images_is_their_luminance_term():
     """Without variance SSIM is (2 a b + C) / (a^2 + b^2 + C), for a data range of 1 with C = 0.01^2."""
     images, reconstructions = torch.full((1, 3, 12, 12), -0.5), torch.full((1, 3, 12, 12), 0.5)  # 1/4 and 3/4
