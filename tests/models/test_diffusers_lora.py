@@ -121,6 +121,30 @@ def test_fusing_an_adapter_keeps_its_effect(case):
     torch.testing.assert_close(case.run(model), output, atol=1e-5, rtol=1e-5)
 
 
+def test_fusing_scales_every_layer_and_unfusing_gives_the_strengths_back(case):
+    def run(model):
+        return model(**{**case.inputs(), "class_labels": torch.tensor([3, 10])}, return_dict=False)[0].detach()
+
+    model = case.build()
+    model.add_classes(1)
+    torch.manual_seed(0)
+    for name in ("first", "second"):
+        model.add_adapter(lora_config(targets=["to_q", "class_embed"]), adapter_name=name)
+    model.set_adapters(["first", "second"], [0.8, 0.3])
+    before, scalings = run(model), [dict(layer.scaling) for layer in model._adapted_layers()]
+    model.set_adapters(["first", "second"], [0.4, 0.15])
+    half = run(model)
+    assert not torch.allclose(before, half, atol=1e-2)
+
+    model.set_adapters(["first", "second"], [0.8, 0.3])
+    model.fuse_lora(lora_scale=0.5, adapter_names=["first"])
+    model.fuse_lora(lora_scale=0.5, adapter_names=["second"])
+    torch.testing.assert_close(run(model), half, atol=1e-5, rtol=1e-5)
+    model.unfuse_lora()
+    torch.testing.assert_close(run(model), before, atol=1e-5, rtol=1e-5)
+    assert [dict(layer.scaling) for layer in model._adapted_layers()] == scalings
+
+
 def test_only_the_adapter_trains(case):
     model = adapted(case).train()
     model(**case.inputs()).sample.square().mean().backward()

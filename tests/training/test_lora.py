@@ -257,6 +257,20 @@ def test_a_fused_adapter_gives_the_same_outputs_and_comes_out_again(tmp_path):
     torch.testing.assert_close(run(loaded.transformer, labels), adapted, atol=1e-4, rtol=1e-4)
 
 
+def test_the_scale_of_fusing_holds_for_a_new_class(tmp_path):
+    make_adapter(tmp_path)
+    pipeline = make_pipeline()
+    name = load_lora_into(pipeline, tmp_path)
+    full = run(pipeline.transformer, [0, 4])
+    pipeline.transformer.set_adapters(name, 0.5)
+    half = run(pipeline.transformer, [0, 4])
+    pipeline.transformer.set_adapters(name)
+    pipeline.transformer.fuse_lora(lora_scale=0.5)
+    torch.testing.assert_close(run(pipeline.transformer, [0, 4]), half, atol=1e-4, rtol=1e-4)
+    pipeline.transformer.unfuse_lora()
+    torch.testing.assert_close(run(pipeline.transformer, [0, 4]), full, atol=1e-4, rtol=1e-4)
+
+
 def test_adapters_of_the_same_base_live_side_by_side(tmp_path):
     first, _ = make_adapter(tmp_path / "owl")
     make_adapter(tmp_path / "again", seed=5)

@@ -1,6 +1,51 @@
-"""What a LoRA adapter of a generator must say beside its weights, so that a pipeline can take it up."""
+"""LoRA adapters of a generator: fusing, and what one must say beside its weights so that a pipeline can take it up."""
+
+from collections.abc import Iterator
+from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+
+
+class LoraFusingMixin(PeftAdapterMixin):
+    """
+    diffusers' adapters with a scale of `fuse_lora` that holds for embeddings too: peft's `scale_layer` passes over
+    them, so that an adapter of the class table would be fused at full strength, and never gives a scale back.
+    """
+
+    def _adapted_layers(self) -> Iterator[Any]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return (module for module in self.modules() if isinstance(module, BaseTunerLayer))
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """
+        Merge adapters into the weights, until `unfuse_lora`.
+
+        Args:
+            lora_scale (`float`, *optional*, defaults to 1.0): Strength, times that of `set_adapters`.
+            safe_fusing (`bool`, *optional*, defaults to `False`): Whether to refuse weights that are not finite.
+            adapter_names (`list[str]`, *optional*): Adapters to merge; by default the active ones.
+
+        Raises:
+            ValueError: If `safe_fusing` finds a weight that is not finite.
+        """
+        for layer in self._adapted_layers():
+            names = set(adapter_names or layer.active_adapters) - set(layer.merged_adapters)
+            before = {name: layer.scaling[name] for name in names & layer.scaling.keys()}
+            # `unmerge` subtracts by the scaling that it finds: it stays until then
+            layer.scaling.update({name: lora_scale * value for name, value in before.items()})
+            layer.scaling_before_fusing = getattr(layer, "scaling_before_fusing", {}) | before
+        super().fuse_lora(1.0, safe_fusing, adapter_names)
+
+    def unfuse_lora(self) -> None:
+        """Take merged adapters out of the weights again; their strengths are those from before `fuse_lora`."""
+        super().unfuse_lora()
+        for layer in self._adapted_layers():
+            layer.scaling.update(getattr(layer, "scaling_before_fusing", {}))
+            layer.scaling_before_fusing = {}
 
 
 class LoraInfo(ConfigMixin):

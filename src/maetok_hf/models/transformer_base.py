@@ -2,7 +2,6 @@
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -12,9 +11,10 @@ from torch import nn
 
 from .embeddings import sincos_position_embedding
 from .layers import Modulation, TransformerBlock, build_norm, run_block
+from .lora import LoraFusingMixin
 
 
-class LatentTransformer1DModel(ModelMixin, AttentionMixin, PeftAdapterMixin, CacheMixin, ConfigMixin):
+class LatentTransformer1DModel(ModelMixin, AttentionMixin, LoraFusingMixin, CacheMixin, ConfigMixin):
     """
     Base of the class-conditional velocity models of latent token sequences; not a model by itself.
 
