@@ -14,9 +14,9 @@ class LoraFusingMixin(PeftAdapterMixin):
     """
 
     def _adapted_layers(self) -> Iterator[Any]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return (module for module in self.modules() if isinstance(module, BaseTunerLayer))
+        """peft's layers, each with the `scaling` of its adapters and the names of the merged ones."""
+        names = ("scaling", "merged_adapters")
+        return (module for module in self.modules() if all(hasattr(module, name) for name in names))
 
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
