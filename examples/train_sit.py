@@ -156,6 +156,13 @@ class GeneratorTraining:
         # Frozen tokenizer and data, whose order depends on the seed, not on processes, workers or restarts
         self.tokenizer = load_tokenizer(options, recipe).to(self.device)
         self.stream = open_data(recipe, options, self.run, self.tokenizer)
+        self.tokenizer_digest = model_digest(self.tokenizer)  # as given
+        if recipe.resolution != self.tokenizer.config.sample_size:
+            self.accelerator.print(
+                f"The tokenizer was built for images of {self.tokenizer.config.sample_size} pixels, those of the data "
+                f"have {recipe.resolution}: make sure that it was trained at that size too."
+            )
+            self.tokenizer.set_sample_size(recipe.resolution)  # the size of what the pipeline generates
         self.steps_per_epoch = self.stream.micro_batches_per_epoch // options.gradient_accumulation_steps
         self.row_counts = RowCounts(self.run.sum)  # of this epoch
 
@@ -191,7 +198,7 @@ class GeneratorTraining:
         first_step = self.run.begin(
             {
                 "data": source.identity if isinstance(source, LatentSource) else data_identity(source),
-                "tokenizer": model_digest(self.tokenizer),
+                "tokenizer": self.tokenizer_digest,
                 "given_transformer": self.given_digest,
                 "micro_batch_size": self.stream.batch_size,
                 "num_streams": self.stream.num_streams,
@@ -378,7 +385,7 @@ class GeneratorTraining:
         if self.accelerator.is_main_process:
             report: dict[str, Any] = self.run.report() | {
                 "num_parameters": transformer.num_parameters(),
-                "given_tokenizer": model_digest(self.tokenizer),
+                "given_tokenizer": self.tokenizer_digest,
                 "given_transformer": self.given_digest,
             }
             write_json(output_dir / "train_report.json", report)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline, SiTTransformer1DModel
+from maetok_hf.models.latents import denormalize_latents
 from maetok_hf.training.checkpointing import complete_checkpoints
 
 
@@ -57,6 +58,28 @@ def test_result_is_a_loadable_pipeline_with_averaged_weights(run_here, flags_of,
     report = json.loads((folder / "train_report.json").read_text())
     assert report["final"] == log[-1]
     assert report["num_threads"] == torch.get_num_threads()
+
+
+def test_the_pipeline_and_its_pictures_have_the_size_of_the_images(run_here, flags, tokenizer_folder, tmp_path):
+    """Whatever size the tokenizer was built for; a run that is continued knows the tokenizer as it was given."""
+    command = [*flags, "--resolution", "24", "--max_train_steps", "4", "--output_dir", tmp_path / "out"]
+    for _ in range(2):
+        run_here("train_sit", *command, "--validation_steps", "2")
+    pipeline = MAETokDiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    images, latents = (
+        pipeline("two", num_inference_steps=2, output_type=kind, generator=torch.manual_seed(0)).images
+        for kind in ("pt", "latent")
+    )
+    assert images.shape == (1, 3, 24, 24)
+    given = AutoencoderMAE.from_pretrained(tokenizer_folder)
+    assert given.config.sample_size == 16
+    with torch.no_grad():
+        expected = given.decode(denormalize_latents(latents, given.config), 24, 24).sample
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=0)
+    for step in (2, 4):
+        picture = PIL.Image.open(tmp_path / "out" / "validation" / f"step-{step}.png")
+        assert picture.size == (8 * 24 + 7 * 2, 2 * 24 + 2)
 
 
 def test_cached_latents_are_those_of_their_images(run_here, flags_of, tmp_path):

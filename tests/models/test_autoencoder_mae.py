@@ -130,6 +130,20 @@ def test_other_sizes_encode_and_decode(form, height, width):
     assert not torch.equal(encode(model, sample, mask), latent)
 
 
+def test_a_model_built_for_another_size_gives_what_it_gave_there(form, tmp_path):
+    model, sample = tiny_autoencoder(**form), image(height=48, width=48)
+    latent = encode(model, sample)
+    before = decode(model, latent, height=48, width=48)
+    model.set_sample_size(48)
+    model.save_pretrained(tmp_path)
+    for changed in (model, AutoencoderMAE.from_pretrained(tmp_path).eval()):
+        assert changed.config.sample_size == 48 and changed.latent_sequence_length == latent.shape[1]
+        assert torch.equal(encode(changed, sample), latent)
+        assert torch.equal(decode(changed, latent), before)
+    with pytest.raises(ValueError, match=r"`sample_size` must be a positive multiple of `patch_size` \(8\), got 36"):
+        model.set_sample_size(36)
+
+
 def test_decode_defaults_to_the_built_size_in_each_dimension():
     model, latent = tiny_autoencoder(), seeded_normal(1, 6, 4)
     assert decode(model, latent).shape[-2:] == (32, 32)

@@ -14,7 +14,9 @@ from diffusers.models.autoencoders.vae import (
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
 
+from .embeddings import resample_position_embedding
 from .layers import compile_apart
 from .vit import ViTDecoder, ViTEncoder
 
@@ -259,6 +261,32 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
         """
         compile_apart(self.encoder.transformer_blocks, *args, **kwargs)
         compile_apart(self.decoder.transformer_blocks, *args, **kwargs)
+
+    @torch.no_grad()
+    def set_sample_size(self, sample_size: int) -> None:
+        """
+        Build a trained model for images of another size, which `decode` gives from then on. Absolute tables are
+        resampled to it once and for all: results for images of the new size stay what they were, those for the old
+        size change a little. Config entry `sample_size` follows.
+
+        Args:
+            sample_size (`int`): Side in pixels.
+
+        Raises:
+            ValueError: If it is not a positive multiple of `patch_size`.
+        """
+        patch_size = self.config.patch_size
+        if sample_size <= 0 or sample_size % patch_size != 0:
+            raise ValueError(
+                f"`sample_size` must be a positive multiple of `patch_size` ({patch_size}), got {sample_size}."
+            )
+        grid = (sample_size // patch_size,) * 2
+        for vit in (self.encoder, self.decoder):
+            if vit.pos_embed is not None:
+                table = resample_position_embedding(vit.pos_embed, vit.grid_size, grid, vit.num_prefix_tokens)
+                vit.pos_embed = nn.Parameter(table, requires_grad=vit.pos_embed.requires_grad)
+            vit.grid_size = grid
+        self.register_to_config(sample_size=sample_size)
 
     @staticmethod
     def _check_config(positive: dict[str, float]) -> None:
