@@ -176,6 +176,19 @@ def test_without_labels_only_autoguidance_has_two_passes_both_of_the_null_class(
     assert weak.labels == 4 * null
 
 
+@pytest.mark.parametrize(
+    ("method", "asked"),
+    [("cfg", {"guidance_scale": 3.0}), ("gft", {"guidance_scale": 3.0}), ("gft", {"guidance_temperature": 0.5})],
+)
+def test_guidance_that_is_asked_for_without_a_class_is_refused(method, asked):
+    (name, value), pipe = *asked.items(), form(method)
+    with pytest.raises(ValueError, match=f"`{name}` is {value}, but `class_labels=None` .* '{method}' strengthens"):
+        sample(pipe, class_labels=None, latents=seeded_normal(1, 6, 4), **asked)
+    noise = {"class_labels": None, "latents": seeded_normal(1, 6, 4)}
+    assert torch.equal(sample(pipe, **noise, **{name: 1.0}), sample(pipe, **noise))
+    sample(form("autoguidance"), **noise, guidance_scale=3.0)
+
+
 def test_a_model_with_temperatures_can_still_be_guided_by_its_null_class():
     pipe = form("gft")
     passes = Passes(pipe)

@@ -354,7 +354,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
                 Class indices or names, one or (nested) lists of them; images come in their order. `None` samples
                 unconditionally, from the null class: then both passes of autoguidance take the null class, and the
-                other two methods, which strengthen a class, leave the velocity as it is.
+                other two methods, which strengthen a class, have nothing to do and refuse a scale or temperature.
             guidance_scale (`float`, *optional*):
                 Scale s of guidance; 1.9 if neither it nor `guidance_temperature` is given. 1 is no guidance, and runs
                 one pass a step. Models trained without guidance (`"gft"`) need at least 1.
@@ -435,13 +435,22 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         self._guidance_method, self._guidance_scale = resolve_guidance(
             guidance_method, guidance_scale, guidance_temperature, self.transformer, self.guidance_transformer
         )
+        can_guide = bool(labels) or self.guidance_method == "autoguidance"
+        asked = guidance_scale is not None or guidance_temperature is not None
+        if asked and self.guidance_scale != 1 and not can_guide:
+            name, value = "guidance_scale", guidance_scale
+            if guidance_temperature is not None:
+                name, value = "guidance_temperature", guidance_temperature
+            raise ValueError(
+                f"`{name}` is {value}, but `class_labels=None` samples from the null class, and "
+                f"{self.guidance_method!r} strengthens a class: name a class, or leave `{name}` out."
+            )
         self._current_timestep = None
         self._interrupt = False
         device = self._execution_device
 
         # 2. Prepare labels, noise and the time grid
         null_class = self.transformer.config.num_classes
-        can_guide = bool(labels) or self.guidance_method == "autoguidance"
         label_ids = torch.tensor(labels or [null_class], device=device).repeat_interleave(num_images_per_label)
         latents = self.prepare_latents(len(label_ids), device, generator, latents)
         times = self._set_timesteps(num_inference_steps, sigmas, device)
