@@ -77,6 +77,14 @@ def test_mask_has_exactly_the_rounded_up_count(num_tokens, mask_ratio):
     assert mask.sum().item() == math.ceil(mask_ratio * num_tokens)
 
 
+@pytest.mark.parametrize("num_tokens", [100, 256, 1024])
+def test_rounding_of_floats_masks_no_further_patch(num_tokens):
+    # 0.07 * 100 is 7.000000000000001
+    for hundredths in range(101):
+        mask = sample_mask(num_tokens, hundredths / 100, torch.Generator())
+        assert mask.sum().item() == -(-hundredths * num_tokens // 100)
+
+
 def test_every_subset_is_equally_likely():
     generator = torch.Generator().manual_seed(1)
     counts = {}

@@ -12,6 +12,8 @@ from .draws import draw_rows
 
 # below this probability the inverse CDF between the bounds has lost its digits in float64
 _MIN_TRUNCATED_MASS = 1e-9
+# a product of floats is up to 1e-13 above a whole number that it should be, as in 0.07 * 100
+_ROUNDING = 1e-9
 MASK_RATIO_DENSITIES = ("truncated_normal", "uniform")
 
 
@@ -124,7 +126,8 @@ def sample_mask(num_tokens: int, mask_ratio: float, generator: torch.Generator) 
     if num_tokens <= 0:
         raise ValueError(f"`num_tokens` must be positive, got {num_tokens}.")
     mask = torch.zeros(num_tokens, dtype=torch.bool)
-    mask[torch.randperm(num_tokens, generator=generator)[: math.ceil(mask_ratio * num_tokens)]] = True
+    num_masked = math.ceil(mask_ratio * num_tokens - _ROUNDING)
+    mask[torch.randperm(num_tokens, generator=generator)[:num_masked]] = True
     return mask
 
 
