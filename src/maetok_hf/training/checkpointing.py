@@ -412,10 +412,14 @@ def export(output_dir: str | Path, write: Callable[[Path], None]) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is whole or absent, flushed to the disk."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole or absent, flushed to the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
