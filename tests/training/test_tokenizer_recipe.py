@@ -37,6 +37,14 @@ def test_strength_of_augmentation_is_named_where_nothing_reads_it(settings, reas
     assert {name: reason for name, reason in unused.items() if name.startswith("diffaugment")} == reasons
 
 
+@pytest.mark.parametrize("adversarial_weight", [0.0, 0.4])
+@pytest.mark.parametrize("target", ["hog", "dinov2", "siglip", "text"])
+def test_a_target_without_weight_is_refused_with_and_without_a_discriminator(target, adversarial_weight):
+    settings = {"auxiliary_targets": [target], f"{target}_weight": 0.0, "adversarial_weight": adversarial_weight}
+    with pytest.raises(ValueError, match=f"`{target}_weight` is 0, but '{target}' is one of the `auxiliary_targets`"):
+        TokenizerRecipe(**settings)
+
+
 def test_fine_tuning_of_as_many_steps_as_the_fall_ends_without_masks():
     recipe = TokenizerRecipe(stage="decoder_finetuning", mask_ratio_decay_steps=50_000, max_train_steps=50_000)
     ratios = [recipe.mask_ratio_at(step, 0) for step in (0, 49_998, 49_999, 50_000)]

@@ -253,6 +253,12 @@ class TokenizerRecipe(OptimizationRecipe):
                 f"`auxiliary_hidden_size` ({width}) must be `auxiliary_num_attention_heads` ({heads}) heads of equal "
                 "size, a multiple of 4."
             )
+        unweighted = [name for name in self.auxiliary_targets if getattr(self, f"{name}_weight") == 0]
+        if self.stage == "mask_modelling" and unweighted:
+            raise ValueError(
+                f"`{unweighted[0]}_weight` is 0, but {unweighted[0]!r} is one of the `auxiliary_targets`, which would "
+                "be predicted for nothing: remove it from these."
+            )
         if self.predicts_text and self.auxiliary_num_layers == 0:
             raise ValueError(
                 "`auxiliary_num_layers` = 0, a linear decoder, cannot predict 'text': use at least 1, or leave it out."
@@ -266,12 +272,6 @@ class TokenizerRecipe(OptimizationRecipe):
                 f"`adversarial_start_step` = {self.adversarial_start_step} is not before the end of the run, "
                 f"`max_train_steps` = {self.max_train_steps}: lower it, or leave the discriminator out with "
                 "`adversarial_weight` 0."
-            )
-        unweighted = [name for name in self.auxiliary_targets if getattr(self, f"{name}_weight") == 0]
-        if unweighted:
-            raise ValueError(
-                f"`{unweighted[0]}_weight` is 0, but {unweighted[0]!r} is one of the `auxiliary_targets`, which would "
-                "be predicted for nothing: remove it from these."
             )
         if self.consistency_weight > 0 and not self.diffaugment:
             raise ValueError(
