@@ -45,6 +45,13 @@ def test_a_target_without_weight_is_refused_with_and_without_a_discriminator(tar
         TokenizerRecipe(**settings)
 
 
+@pytest.mark.parametrize("name", ["in_channels", "out_channels"])
+def test_a_tokenizer_is_trained_on_three_channels(name):
+    TokenizerRecipe(model={name: 3})
+    with pytest.raises(ValueError, match=f"`model` sets '{name}' to 4, but the images of a training have 3 channels"):
+        TokenizerRecipe(model={name: 4})
+
+
 def test_fine_tuning_of_as_many_steps_as_the_fall_ends_without_masks():
     recipe = TokenizerRecipe(stage="decoder_finetuning", mask_ratio_decay_steps=50_000, max_train_steps=50_000)
     ratios = [recipe.mask_ratio_at(step, 0) for step in (0, 49_998, 49_999, 50_000)]

@@ -219,6 +219,12 @@ class TokenizerRecipe(OptimizationRecipe):
             )
         derived = {"sample_size": "`resolution`", "latents_mean": "the training", "latents_std": "the training"}
         check_model_settings(AutoencoderMAE, self.model, derived)
+        for name in ("in_channels", "out_channels"):
+            if self.model.get(name, 3) != 3:
+                raise ValueError(
+                    f"`model` sets {name!r} to {self.model[name]}, but the images of a training have 3 channels: "
+                    "leave it out."
+                )
         check_positive(self, "mask_ratio_std", "mask_ratio_decay_steps", "auxiliary_hidden_size", "text_length")
         check_positive(self, "auxiliary_num_attention_heads", "latent_statistics_images", "reconstruction_weight")
         check_positive(self, "discriminator_learning_rate", "discriminator_image_size")
