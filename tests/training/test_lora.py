@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from maetok_hf import (
     AutoencoderMAE,
@@ -327,6 +327,31 @@ def test_an_adapter_of_another_model_is_refused_and_the_pipeline_stays_as_it_was
     load_lora_into(pipeline, tmp_path / "owl", adapter_name="birds")
     refused(pipeline, "wren", "class 4 is 'wren' in the adapter .* but 'owl' in the pipeline")
     refused(pipeline, "owl", r"`adapter_name` is 'birds', but the transformer has \['birds'\]", adapter_name="birds")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "shape", "layer", "half", "table"])
+def test_damaged_weights_are_refused_and_the_pipeline_stays_as_it_was(damage, tmp_path):
+    make_adapter(tmp_path)
+    path, pipeline = tmp_path / WEIGHT_NAME, make_pipeline(weak=True)
+    weights, layer = load_file(path), "transformer_blocks.0.attn.to_q"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        factor = weights.pop(f"{layer}.lora_A.weight")
+        if damage == "shape":
+            weights[f"{layer}.lora_A.weight"] = factor[:, 1:].clone()
+        elif damage == "layer":
+            weights["transformer_blocks.7.attn.to_q.lora_A.weight"] = factor
+        elif damage == "table":
+            weights[f"{layer}.lora_A.weight"] = factor
+            weights["class_embed.lora_embedding_A"] = torch.zeros(3, 9)
+        save_file({} if damage == "empty" else weights, path)
+    before = run(pipeline.transformer)
+    with pytest.raises(OSError if damage == "cut" else ValueError, match="weights"):
+        load_lora_into(pipeline, tmp_path)
+    assert pipeline.id2label == NAMES and torch.equal(run(pipeline.transformer), before)
+    assert pipeline.transformer.config.num_classes == pipeline.guidance_transformer.config.num_classes == 4
+    assert type(pipeline.transformer.class_embed) is torch.nn.Embedding
 
 
 # Settings

@@ -17,7 +17,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+from diffusers import ModelMixin
+from diffusers.models.model_loading_utils import load_state_dict
 from diffusers.utils.hub_utils import _get_model_file
+from diffusers.utils.state_dict_utils import _load_sft_state_dict_metadata
 
 from ..models.lora import LoraInfo
 from .labels import check_id2label, classes_by_name, find_class
@@ -131,9 +135,9 @@ def load_lora_into(
         `str`: The name of the adapter, which is the active one.
 
     Raises:
-        OSError: If there is no adapter.
-        ValueError: If the adapter belongs to a transformer of other sizes or classes, or the name is taken. The
-            pipeline is as it was.
+        OSError: If there is no adapter, or its weights cannot be read.
+        ValueError: If the adapter belongs to a transformer of other sizes or classes, its weights are not those of an
+            adapter, or the name is taken. In all of these cases the pipeline is as it was.
     """
     transformer = pipeline.transformer
     place = {
@@ -150,18 +154,15 @@ def load_lora_into(
             f"`adapter_name` is {adapter_name!r}, but the transformer has {sorted(taken)}: choose another."
         )
     new_names = _missing_classes(pipeline, info, str(source))
-    _get_model_file(source, weights_name=WEIGHT_NAME, **place)  # missing weights must be known before anything changes
+    # damaged weights must be known before anything changes
+    file = _get_model_file(source, weights_name=WEIGHT_NAME, **place)
+    weights, metadata = load_state_dict(file), _load_sft_state_dict_metadata(file)
+    _check_weights(weights, transformer, len(new_names), str(source))
     if adapter_name is None:
         adapter_name = next(name for i in itertools.count() if (name := f"default_{i}") not in taken)
     add_named_classes(pipeline, new_names)
     transformer.load_lora_adapter(
-        source,
-        prefix=None,
-        adapter_name=adapter_name,
-        weight_name=WEIGHT_NAME,
-        use_safetensors=True,
-        _pipeline=pipeline,
-        **place,
+        weights, prefix=None, adapter_name=adapter_name, metadata=metadata, _pipeline=pipeline
     )
     transformer.set_adapters(adapter_name)
     return adapter_name
@@ -197,3 +198,25 @@ def _missing_classes(pipeline: MAETokDiffusionPipeline, info: Mapping[str, Any],
         + (f" and adds {len(added)}" if added else "")
         + f", but the pipeline's has {num_classes}: load it into {info['base_model']!r} anew."
     )
+
+
+def _check_weights(weights: Mapping[str, torch.Tensor], transformer: ModelMixin, num_new: int, source: str) -> None:
+    """Refuse weights that are not the factors of layers of a transformer that gets new classes."""
+    layers = dict(transformer.named_modules())
+    factors: dict[str, dict[str, list[int]]] = {}
+    for name, tensor in weights.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
+        factors.setdefault(layer, {})[factor.removeprefix("embedding_")] = list(tensor.shape)
+    if not factors:
+        raise ValueError(f"the adapter {source} has no weights: save or download it anew.")
+    for name, shapes in factors.items():
+        rank = shapes.get("A", [0])[0]
+        expected = list(getattr(layers.get(name), "weight", torch.empty(0)).shape)
+        if name == "class_embed":  # peft's factors are those of the transposed table
+            expected = [expected[1], expected[0] + num_new]
+        product = [*shapes.get("B", [])[:1], *shapes.get("A", [])[1:]]
+        if product != expected or shapes["B"][1:] != [rank]:
+            raise ValueError(
+                f"the weights of the adapter {source} do not fit the layer {name!r} of the pipeline's transformer: "
+                f"save or download the adapter anew, with the `{LoraInfo.config_name}` that belongs to it."
+            )
