@@ -63,7 +63,13 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"maetok_hf": ["py.typed"]},
+    package_data={"maetok_hf": ["py.typed", "metrics/*/README.md", "metrics/*/requirements.txt", "metrics/*/*.py"]},
+    entry_points={
+        "console_scripts": [
+            "maetok-analyze = maetok_hf.commands.analyze_latents:main",
+            "maetok-eval = maetok_hf.commands.evaluate:main",
+        ]
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     classifiers=[

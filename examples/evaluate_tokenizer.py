@@ -21,7 +21,7 @@ A folder of images of one size, without any weights but the tokenizer's:
 Prints a table and its protocol, and writes both to `reconstruction.json`. rFID compares reconstructions of these
 images with the images themselves, never with the statistics of a training set. Reconstructions are rounded to 8 bits
 before anything is measured. The same command continues a run that was stopped or killed, and gives the same numbers on
-any number of processes. Needs `pip install '.[evaluation]'`.
+any number of processes. Needs `pip install '.[evaluation]'`. It is the same as the command `maetok-eval tokenizer`.
 """
 
 from maetok_hf.commands.evaluate_tokenizer import main

@@ -26,7 +26,7 @@ INNER = {
     "evaluation": {"data", "models", "moments", "pipelines", "sampling", "training"},
     "metrics": {"data", "evaluation", "moments"},
     "study": {"analysis", "data", "evaluation", "models", "moments", "pipelines", "sampling", "seeding", "training"},
-    "commands": {"analysis", "data", "evaluation", "training"},
+    "commands": {"analysis", "data", "evaluation", "sampling", "training"},
     "_register": {"models", "pipelines"},
     "__init__": {"_register", "conversion", "models", "pipelines", "schedulers"},
 }
@@ -44,7 +44,7 @@ OUTER = {
     "evaluation": {"diffusers", "numpy", "torch", "torch_fidelity", "transformers"},
     "metrics": {"datasets", "evaluate", "numpy", "torch"},
     "study": {"matplotlib", "safetensors", "scipy", "torch"},
-    "commands": {"torch"},
+    "commands": {"matplotlib", "torch"},
     "training": {
         "PIL",
         "diffusers",

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from maetok_hf.evaluation import DINOv2Extractor, InceptionExtractor, inception_score, weights_digest
-from maetok_hf.evaluation.extractors import INCEPTION_FILE
-from tests.evaluation.networks import random_images
+from maetok_hf.evaluation.extractors import INCEPTION_FILE, extractor_identity
+from tests.evaluation.networks import TinyExtractor, random_images
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +197,10 @@ def test_model_of_another_kind_is_refused(tmp_path):
     ViTModel(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a model of type 'vit', not a DINOv2"):
         DINOv2Extractor.from_pretrained(tmp_path)
+
+
+def test_features_are_identified_by_extractor_weights_and_resize():
+    extractor = TinyExtractor()
+    identity = extractor_identity(extractor)
+    assert identity == {"extractor": "tiny", "extractor_digest": extractor.digest, "resize": "none"}
+    assert extractor_identity(TinyExtractor(1)) != identity

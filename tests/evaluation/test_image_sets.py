@@ -9,7 +9,7 @@ import torch
 
 from maetok_hf.data import open_images
 from maetok_hf.evaluation import DatasetImages, FolderImages, NpzImages, open_image_set
-from maetok_hf.evaluation.image_sets import split_rows
+from maetok_hf.evaluation.image_sets import image_set_identity, split_rows
 from maetok_hf.sampling import write_npz
 from tests.evaluation.networks import random_images
 
@@ -168,3 +168,17 @@ def test_a_large_npz_file_is_never_in_memory(tmp_path, save):
     tracemalloc.stop()
     assert count == 2000
     assert peak < 5e6
+
+
+def test_a_set_is_recognized_wherever_it_lies(tmp_path):
+    def identity(pixels, name):
+        np.savez(tmp_path / name, pixels.permute(0, 2, 3, 1).numpy())
+        return image_set_identity(NpzImages(tmp_path / name))
+
+    images = random_images(20)
+    found = identity(images, "a.npz")
+    assert found == identity(images, "b.npz")
+    assert (found["num_images"], found["size"]) == (20, [12, 12])
+    assert identity(images[:19], "c.npz") != found
+    assert identity(255 - images, "d.npz")["digest"] != found["digest"]
+    assert image_set_identity(NpzImages(tmp_path / "a.npz", 1))["num_images"] == 1

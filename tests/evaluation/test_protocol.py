@@ -62,11 +62,10 @@ def test_protocol_survives_json(extractor):
     assert EvaluationProtocol(**json.loads(json.dumps(protocol.to_dict()))) == protocol
 
 
-def test_features_are_identified_by_extractor_weights_and_resize(extractor):
-    identity = EvaluationProtocol.of(extractor, "x", 12).feature_identity()
-    assert identity == {"extractor": "tiny", "extractor_digest": extractor.digest, "resize": "none"}
-    other = EvaluationProtocol.of(TinyExtractor(1), "x", 12).feature_identity()
-    assert other != identity
+def test_part_of_a_set_says_so(extractor):
+    protocol = EvaluationProtocol.of(extractor, "x", 5, None, settings(), images="folder a")
+    assert "images folder a; num images 5;" in protocol.line()
+    assert protocol.labels.endswith(", the first images of 12")
 
 
 def test_numbers_of_images_must_be_positive(extractor):

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from ..moments import RunningMoments
-from ..training.checkpointing import write_json
+from ..training.checkpointing import write_json, write_text
 from ..training.interruption import RunLock
 from .chosen_images import SIDES, check_counts, check_num_classes
 from .curve import mixture_curve
@@ -391,9 +391,7 @@ def run_analysis(
         report = make_report(options, results)
         write_json(folder / REPORT_FILE, report)
         pictures = draw_pictures(folder, results)
-        temporary = folder / f".{MARKDOWN_FILE}.tmp"
-        temporary.write_text(to_markdown(report, pictures), encoding="utf-8")
-        os.replace(temporary, folder / MARKDOWN_FILE)
+        write_text(folder / MARKDOWN_FILE, to_markdown(report, pictures))
     finally:
         lock.release()
     return report

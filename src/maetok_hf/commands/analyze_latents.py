@@ -1,6 +1,5 @@
 """`maetok-analyze`: what the latents of tokenizers are like, side by side. See `examples/analyze_latents.py`."""
 
-import argparse
 import logging
 import os
 import signal
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from ..analysis.options import AnalysisOptions
 from ..analysis.report import to_markdown
 from ..analysis.run import MARKDOWN_FILE, REPORT_FILE, run_analysis
-from ..training.configuration import add_flags, build, given_flags
+from .command_line import parse_words
 from .processes import Processes
 
 
@@ -31,14 +30,7 @@ def parse_options(words: Sequence[str] | None = None) -> AnalysisOptions:
     Returns:
         [`AnalysisOptions`]: What is asked for.
     """
-    parser = argparse.ArgumentParser(
-        prog="maetok-analyze", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    add_flags(parser, AnalysisOptions, "options")
-    try:
-        return build(AnalysisOptions, given_flags(parser.parse_args(words), AnalysisOptions))
-    except ValueError as error:
-        parser.error(str(error))
+    return parse_words("maetok-analyze", DESCRIPTION, AnalysisOptions, words)
 
 
 def check_launcher() -> None:

@@ -1,9 +1,6 @@
 """What a tokenizer loses: rFID, PSNR, SSIM and LPIPS of reconstructions. See `examples/evaluate_tokenizer.py`."""
 
-import argparse
-import importlib
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,32 +10,32 @@ import torch
 from ..data import open_images
 from ..evaluation import (
     DatasetImages,
-    DINOv2Extractor,
     FeatureCollector,
-    FeatureExtractor,
     ImageReader,
-    InceptionExtractor,
     Moments,
     frechet_distance,
+    load_extractor,
     load_moments,
     open_image_set,
     save_moments,
 )
+from ..evaluation.extractors import extractor_identity
 from ..evaluation.feature_run import FeatureRun
+from ..evaluation.image_sets import image_set_identity
+from ..evaluation.protocol import without_folders
 from ..evaluation.reconstruction import (
     ORIGINAL,
     SCORES,
     ReconstructionProtocol,
     TokenizerFeatures,
-    image_set_identity,
 )
 from ..evaluation.tokenizer_options import DEFAULT_RESOLUTION, TokenizerEvaluationOptions
 from ..training.checkpointing import model_digest, write_json
-from ..training.configuration import add_flags, build, given_flags
 from ..training.interruption import end_process
 from ..training.latent_encoding import load_tokenizer
 from ..training.model_card import public_name
 from ..training.perceptual import PerceptualLoss
+from .command_line import parse_words, table
 from .processes import Processes
 
 
@@ -49,7 +46,6 @@ both as JSON. The same command continues what was stopped, on any number of proc
 REPORT_FILE = "reconstruction.json"
 ORIGINALS_FILE = "originals.npz"
 DEFAULT_SPLIT = "validation"
-DEFAULT_DINOV2 = "facebook/dinov2-large"
 LABELS = {
     "rfid": "rFID",
     "rfd": "rFD",
@@ -70,43 +66,7 @@ def parse_options(words: Sequence[str] | None = None) -> TokenizerEvaluationOpti
     Returns:
         [`TokenizerEvaluationOptions`]: What is asked for.
     """
-    parser = argparse.ArgumentParser(
-        prog="maetok-eval-tokenizer", description=DESCRIPTION, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    add_flags(parser, TokenizerEvaluationOptions, "options")
-    try:
-        return build(TokenizerEvaluationOptions, given_flags(parser.parse_args(words), TokenizerEvaluationOptions))
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def load_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
-    """
-    A network that gives features.
-
-    Args:
-        name (`str`): `"inception"`, `"dinov2"`, or `"module:function"`, which returns one.
-        weights (`str`, *optional*): File of Inception's weights, or folder or Hub repository of a DINOv2.
-
-    Returns:
-        [`FeatureExtractor`]: On the CPU, or where the function made it.
-
-    Raises:
-        OSError: If weights are missing; says which file to put where.
-        ValueError: If there is no such module or function.
-    """
-    if name == "inception":
-        return InceptionExtractor.from_file(weights)
-    if name == "dinov2":
-        return DINOv2Extractor.from_pretrained(weights or DEFAULT_DINOV2)
-    module, _, function = name.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (AttributeError, ImportError) as error:
-        raise ValueError(
-            f"`extractor` {name!r} cannot be imported ({error}): put the folder of the module on PYTHONPATH."
-        ) from error
-    return make()
+    return parse_words("maetok-eval tokenizer", DESCRIPTION, TokenizerEvaluationOptions, words)
 
 
 def open_originals(options: TokenizerEvaluationOptions) -> ImageReader:
@@ -208,9 +168,7 @@ class TokenizerEvaluation:
         return results | dict(zip(self.features.score_names, means, strict=True))
 
     def _reference_protocol(self) -> dict[str, Any]:
-        extractor = self.extractor
-        names = {"extractor": extractor.name, "extractor_digest": extractor.digest, "resize": extractor.resize}
-        return names | {"images": self.identity}
+        return extractor_identity(self.extractor) | {"images": self.identity}
 
     def _read_reference(self) -> Moments | None:
         """Statistics of these images, if they are given: those of other images, such as a training set's, would make
@@ -232,7 +190,7 @@ class TokenizerEvaluation:
         return ReconstructionProtocol(
             tokenizer=f"{type(tokenizer).__name__} {public_name(options.tokenizer_name_or_path)}",
             tokenizer_digest=model_digest(tokenizer),
-            images=_described(self.images.description),
+            images=without_folders(self.images.description),
             images_digest=self.identity["digest"],
             num_images=len(self.images),
             size=" x ".join(map(str, self.identity["size"])),
@@ -247,14 +205,6 @@ class TokenizerEvaluation:
         )
 
 
-def _described(description: str) -> str:
-    """A description without the folders of this machine."""
-    return " ".join(
-        os.path.basename(word.strip("'").rstrip("/")) if word.strip("'").startswith("/") else word
-        for word in description.split(" ")
-    )
-
-
 def to_table(report: dict[str, Any]) -> str:
     """
     What is printed of a report.
@@ -265,10 +215,8 @@ def to_table(report: dict[str, Any]) -> str:
     Returns:
         `str`: A Markdown table and the protocol line.
     """
-    rows = [("metric", "value"), ("---", "---")]
-    rows += [(LABELS[name], f"{value:.4f}") for name, value in report["results"].items()]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"{table}\n\n{ReconstructionProtocol(**report['protocol']).line()}"
+    rows = [(LABELS[name], f"{value:.4f}") for name, value in report["results"].items()]
+    return f"{table(('metric', 'value'), rows)}\n\n{ReconstructionProtocol(**report['protocol']).line()}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from .distances import (
     kernel_distance_of_subsets,
     precision_recall,
 )
-from .extractors import DINOv2Extractor, FeatureExtractor, InceptionExtractor, weights_digest
+from .extractors import DINOv2Extractor, FeatureExtractor, InceptionExtractor, load_extractor, weights_digest
 from .image_sets import DatasetImages, FolderImages, ImageReader, NpzImages, open_image_set
 from .protocol import EvaluationProtocol
 from .statistics import Moments, feature_moments, load_moments, save_moments
@@ -31,6 +31,7 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "kernel_distance_of_subsets",
+    "load_extractor",
     "load_moments",
     "open_image_set",
     "precision_recall",

@@ -50,6 +50,11 @@ class FeatureCollector:
         """`int`: Images of the whole set."""
         return len(self.seen)
 
+    @property
+    def layers(self) -> tuple[list[str], list[str]]:
+        """`tuple[list[str], list[str]]`: Names of the layers with statistics, and of those whose features are kept."""
+        return list(self._statistics), list(self._kept)
+
     def update(self, rows: Sequence[int], features: Mapping[str, torch.Tensor]) -> None:
         """
         Add images.
@@ -93,8 +98,7 @@ class FeatureCollector:
         Raises:
             ValueError: If it is of another set, or both counted an image.
         """
-        layers = (list(self._statistics), list(self._kept))
-        if other.num_images != self.num_images or layers != (list(other._statistics), list(other._kept)):
+        if other.num_images != self.num_images or self.layers != other.layers:
             raise ValueError("`other` must be of the same layers and of as many images.")
         rows = np.flatnonzero(other.seen)
         self._check_rows(rows)
@@ -165,7 +169,7 @@ class FeatureCollector:
                 the images; plain types.
         """
         arrays = {"seen": self.seen, "protocol": np.array(json.dumps(dict(protocol), sort_keys=True))}
-        arrays["layers"] = np.array(json.dumps([list(self._statistics), list(self._kept)]))
+        arrays["layers"] = np.array(json.dumps(self.layers))
         if self.seen.any():
             arrays |= {f"statistics_{name}": value.state().numpy() for name, value in self._statistics.items()}
             rows = slice(None) if self.seen.all() else self.seen  # a slice is not copied

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import io
 import os
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 # of the map that ADM's suite takes for sFID: 7 of 192 channels of 17 x 17
 SPATIAL_CHANNELS = 7
 DINOV2_SIZE = 224
+DEFAULT_DINOV2 = "facebook/dinov2-large"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -223,6 +225,48 @@ class DINOv2Extractor(nn.Module):
             values = F.interpolate(values, size, mode="bicubic", antialias=True).clamp(0, 255).round() / 255
             mean, std = (values.new_tensor(numbers)[:, None, None] for numbers in (IMAGENET_MEAN, IMAGENET_STD))
             return {"pool": self.model(pixel_values=(values - mean) / std).pooler_output}
+
+
+def load_extractor(name: str, weights: str | None = None) -> FeatureExtractor:
+    """
+    A network that gives features.
+
+    Args:
+        name (`str`): `"inception"`, `"dinov2"`, or `"module:function"`, which returns one.
+        weights (`str`, *optional*): File of Inception's weights, or folder or Hub repository of a DINOv2.
+
+    Returns:
+        [`FeatureExtractor`]: On the CPU, or where the function made it.
+
+    Raises:
+        OSError: If weights are missing; says which file to put where.
+        ValueError: If there is no such module or function.
+    """
+    if name == "inception":
+        return InceptionExtractor.from_file(weights)
+    if name == "dinov2":
+        return DINOv2Extractor.from_pretrained(weights or DEFAULT_DINOV2)
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (AttributeError, ImportError) as error:
+        raise ValueError(
+            f"`extractor` {name!r} cannot be imported ({error}): put the folder of the module on PYTHONPATH."
+        ) from error
+    return make()
+
+
+def extractor_identity(extractor: FeatureExtractor) -> dict[str, str]:
+    """
+    What features depend on besides the images, to be compared when they are read.
+
+    Args:
+        extractor ([`FeatureExtractor`]): What gives them.
+
+    Returns:
+        `dict[str, str]`: Plain values.
+    """
+    return {"extractor": extractor.name, "extractor_digest": extractor.digest, "resize": extractor.resize}
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import hashlib
 import os
 import struct
 import zipfile
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ NUM_THREADS = 8
 # of the header of an entry in a zip archive: where the lengths of its name and its extra field are, and its own length
 ZIP_LENGTHS, ZIP_HEADER = 26, 30
 NPZ_ENTRY = "arr_0.npy"
+# of a set, to know it again
+NUM_COMPARED_IMAGES = 8
 
 
 def split_rows(
@@ -77,7 +81,7 @@ class ImageReader(abc.ABC):
     """
 
     def __init__(self, description: str, num_available: int, num_images: int | None = None):
-        self.description = description
+        self.description, self.num_available = description, num_available
         self.num_images = num_available if num_images is None else num_images
         if not 1 <= self.num_images <= num_available:
             raise ValueError(
@@ -303,3 +307,22 @@ def open_image_set(path: str | Path, num_images: int | None = None) -> ImageRead
     if path.suffix == ".npz" and path.is_file():
         return NpzImages(path, num_images)
     raise ValueError(f"`path` {os.fspath(path)!r} is neither a folder of images nor an .npz file: check it.")
+
+
+def image_set_identity(images: ImageReader) -> dict[str, Any]:
+    """
+    What makes a set of images the same one, wherever it lies: the number and size of its images, and the pixels of
+    some of them.
+
+    Args:
+        images ([`ImageReader`]): The set.
+
+    Returns:
+        `dict[str, Any]`: Plain values.
+    """
+    rows = torch.linspace(0, len(images) - 1, min(NUM_COMPARED_IMAGES, len(images))).round().int().tolist()
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        image = images.read(range(row, row + 1))
+        digest.update(image.numpy().tobytes())
+    return {"num_images": len(images), "size": list(image.shape[2:]), "digest": digest.hexdigest()}

@@ -13,7 +13,7 @@ class ScoreOptions:
 
     Args:
         metrics (`list[str]`, *optional*, defaults to `["fid", "sfid", "inception_score", "precision_recall"]`):
-            `fid` (on other features than Inception's it is named `fd`), `sfid`, `inception_score`,
+            `fid` and `sfid` (on other features than Inception's they are named `fd` and `sfd`), `inception_score`,
             `precision_recall`, `kid` over the whole sets, or `kid_subsets`, mean and spread over 100 random subsets.
         kid_subset_size (`int`, *optional*, defaults to 1000):
             Images of a subset of `kid_subsets`.
@@ -203,6 +203,8 @@ def _interval(word: str) -> tuple[float, float]:
 def _refuse_effectless(options: Any, names: Any, where: str) -> None:
     """Refuse options that are given and would be ignored."""
     for entry in fields(options):
+        if entry.name not in names:
+            continue
         default = entry.default_factory() if entry.default is MISSING else entry.default
-        if entry.name in names and getattr(options, entry.name) != default:
+        if getattr(options, entry.name) != default:
             raise ValueError(f"`{entry.name}` = {getattr(options, entry.name)!r} has no effect {where}: remove it.")

@@ -1,10 +1,11 @@
 """What a number was measured with: without it, it cannot be compared."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .extractors import FeatureExtractor
+from .extractors import FeatureExtractor, extractor_identity
 
 
 UNKNOWN = "not stated"
@@ -23,6 +24,7 @@ class EvaluationProtocol:
         extractor_digest (`str`): Of its weights.
         resize (`str`): How it brings images to its size.
         reference (`str`): What the images are compared with.
+        images (`str`, *optional*): What was scored.
         num_images (`int`): Images that were scored.
         num_reference_images (`int`, *optional*): Images of the reference; `None` where its file does not say.
         labels (`str`, *optional*): How classes were drawn: FID is about 0.1 lower with as many images of each.
@@ -40,6 +42,7 @@ class EvaluationProtocol:
     extractor_digest: str
     resize: str
     reference: str
+    images: str = UNKNOWN
     num_images: int
     num_reference_images: int | None = None
     labels: str = UNKNOWN
@@ -63,6 +66,7 @@ class EvaluationProtocol:
         num_images: int,
         num_reference_images: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        images: str = UNKNOWN,
     ) -> "EvaluationProtocol":
         """
         The protocol of a set.
@@ -74,23 +78,19 @@ class EvaluationProtocol:
             num_reference_images (`int`, *optional*): Images of the reference.
             settings (`Mapping[str, Any]`, *optional*): The `settings` in the `settings.json` of a set that
                 `examples/generate.py` made.
+            images (`str`, *optional*): What is scored.
 
         Returns:
             [`EvaluationProtocol`]: With what is known.
         """
         return cls(
-            extractor=extractor.name,
-            extractor_digest=extractor.digest,
-            resize=extractor.resize,
+            **extractor_identity(extractor),
             reference=reference,
+            images=images,
             num_images=num_images,
             num_reference_images=num_reference_images,
-            **_sampling_of(settings or {}),
+            **_sampling_of(settings or {}, num_images),
         )
-
-    def feature_identity(self) -> dict[str, str]:
-        """What statistics of features depend on besides the images, to be compared when they are read."""
-        return {name: getattr(self, name) for name in ("extractor", "extractor_digest", "resize")}
 
     def to_dict(self) -> dict[str, Any]:
         """All conditions by name, plain types."""
@@ -112,7 +112,23 @@ class EvaluationProtocol:
         return "; ".join(parts)
 
 
-def _sampling_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_folders(description: str) -> str:
+    """
+    What is written into reports, for others to read.
+
+    Args:
+        description (`str`): Words, among them paths on this machine.
+
+    Returns:
+        `str`: The same with the last part of each path alone.
+    """
+    return " ".join(
+        os.path.basename(word.strip("'").rstrip("/")) if word.strip("'").startswith("/") else word
+        for word in description.split(" ")
+    )
+
+
+def _sampling_of(settings: Mapping[str, Any], num_images: int) -> dict[str, Any]:
     if not settings:
         return {}
     guidance = settings["guidance_method"]
@@ -121,8 +137,9 @@ def _sampling_of(settings: Mapping[str, Any]) -> dict[str, Any]:
         guidance = f"{guidance} {settings['guidance_scale']} in [{low}, {high}]"
     classes = settings["class_labels"]
     chosen = "all" if classes == "all" else len(classes)
+    part = "" if num_images == settings["num_images"] else f", the first images of {settings['num_images']}"
     return {
-        "labels": f"{settings['label_draw']}, {chosen} classes of {settings['num_classes']}",
+        "labels": f"{settings['label_draw']}, {chosen} classes of {settings['num_classes']}{part}",
         "sampler": settings["scheduler"]["name"],
         "num_inference_steps": settings["num_inference_steps"],
         "guidance": guidance,

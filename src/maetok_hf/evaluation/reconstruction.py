@@ -4,7 +4,6 @@ What a tokenizer loses: rFID, PSNR, SSIM and LPIPS of reconstructions, for any a
 Reconstructions are rounded to 8 bits before anything is measured, as if they had been written to files.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,14 +16,11 @@ from ..sampling import to_uint8
 from ..training.latent_encoding import encode_grid
 from ..training.validation import peak_signal_to_noise_ratio, structural_similarity
 from .extractors import FeatureExtractor, full_float32
-from .image_sets import ImageReader
 from .protocol import DIGEST_LENGTH
 
 
 ORIGINAL = "original/"
 SCORES = "scores"
-# of a set, to know it again
-NUM_COMPARED_IMAGES = 8
 SSIM_DEFINITION = "Gaussian window of 11 x 11, border by reflection, data range 1.0"
 
 
@@ -157,25 +153,6 @@ def reconstruct(tokenizer: ModelMixin, images: torch.Tensor, rounding: str = "ne
             f"{tuple(images.shape[2:])} pixels: choose a resolution that it keeps."
         )
     return to_uint8(decoded, rounding).permute(0, 3, 1, 2).contiguous()
-
-
-def image_set_identity(images: ImageReader) -> dict[str, Any]:
-    """
-    What makes a set of images the same one, wherever it lies: the number and size of its images, and the pixels of
-    some of them.
-
-    Args:
-        images ([`ImageReader`]): The set.
-
-    Returns:
-        `dict[str, Any]`: Plain values.
-    """
-    rows = torch.linspace(0, len(images) - 1, min(NUM_COMPARED_IMAGES, len(images))).round().int().tolist()
-    digest = hashlib.blake2b(digest_size=16)
-    for row in rows:
-        image = images.read(range(row, row + 1))
-        digest.update(image.numpy().tobytes())
-    return {"num_images": len(images), "size": list(image.shape[2:]), "digest": digest.hexdigest()}
 
 
 @dataclass(frozen=True, kw_only=True)

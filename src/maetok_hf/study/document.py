@@ -1,11 +1,11 @@
 """The document of a study: tables, verdicts and pictures of its records. What was written by hand is kept."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.checkpointing import write_text
 from .pictures import draw_pictures
 from .presets import Preset
 from .records import machine_line
@@ -44,9 +44,7 @@ def write_document(results: Path, preset: Preset, records: Sequence[Record]) -> 
     known = results / "study" / "cells" / f"{preset.name}-classifier.json"
     classifier = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else None
     text = to_markdown(preset, records, pictures, classifier, hand_written(path))
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, text)
     return path
 
 

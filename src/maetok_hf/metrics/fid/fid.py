@@ -3,6 +3,7 @@
 from typing import Any
 
 from maetok_hf.evaluation import Moments, feature_moments, frechet_distance, load_moments
+from maetok_hf.evaluation.extractors import extractor_identity
 from maetok_hf.metrics.feature_metric import FeatureMetric, feature_blocks
 from maetok_hf.moments import RunningMoments
 
@@ -42,13 +43,7 @@ class FID(FeatureMetric):
             return {"fid": frechet_distance(generated, moments_of("references", references))}
         if references.null_count < len(references):
             raise ValueError("Give either `references` or `reference_statistics`.")
-        extractor, expected = self.extractor, None
-        if extractor is not None:
-            expected = {
-                "extractor": extractor.name,
-                "extractor_digest": extractor.digest,
-                "resize": extractor.resize,
-            }
+        expected = None if self.extractor is None else extractor_identity(self.extractor)
         moments, _ = load_moments(reference_statistics, expected)
         if self.layer not in moments:
             raise ValueError(f"{reference_statistics} has no statistics of pooled features.")

@@ -1,0 +1,45 @@
+"""`maetok-eval` finds its evaluations by name, and says which there are."""
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+from maetok_hf import __version__
+from maetok_hf.commands import evaluate
+
+
+@pytest.mark.parametrize("name", ["maetok-eval", "maetok-analyze"])
+def test_console_entries_lead_to_commands(name):
+    [entry] = [entry for entry in entry_points(group="console_scripts") if entry.name == name]
+    assert callable(entry.load())
+
+
+@pytest.mark.parametrize("name", evaluate.COMMANDS)
+def test_every_evaluation_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: maetok-eval {name}" in capsys.readouterr().out
+
+
+def test_help_names_the_evaluations_and_what_they_measure(capsys):
+    evaluate.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"    {name} " in printed for name in ("tokenizer", "generation", "guidance"))
+    evaluate.main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize("words,given", [([], "got nothing"), (["sampler"], "got 'sampler'")])
+def test_other_names_are_refused(words, given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(words)
+    assert ended.value.code == 2
+    assert given in capsys.readouterr().err
+
+
+def test_module_is_the_command():
+    command = [sys.executable, "-m", "maetok_hf.commands.evaluate", "--version"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == __version__
