@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks setup.py
 
-.PHONY: demo study-generators test test-slow quality style clean
+.PHONY: demo study study-generators test test-slow quality style clean
 
 # The stamp is remade when the requirements change; an interrupted installation leaves none and is repeated.
 $(VENV)/installed: setup.py pyproject.toml
@@ -29,6 +29,10 @@ demo: $(VENV)/installed
 # Trains SiT, LightningDiT and USiT on the demonstration's latents and compares ways to guide them: about half an hour.
 study-generators: $(VENV)/installed
 	$(BIN)/python -m benchmarks.study_generators
+
+# The paper's comparison of latent spaces, with docs/study.md as the result: cells that have a record are not run again.
+study: $(VENV)/installed
+	$(BIN)/python examples/study_latents.py
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

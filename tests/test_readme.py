@@ -47,7 +47,7 @@ BLOCKS = read_blocks()
 
 
 def test_marks_are_few_and_the_quick_start_has_none():
-    assert Counter(block.mark for block in BLOCKS if block.mark) == {"hours": 2, "hub": 1, "gpu": 1}
+    assert Counter(block.mark for block in BLOCKS if block.mark) == {"hours": 3, "hub": 1, "gpu": 1}
     quick_start = [block for block in BLOCKS if block.section == "Quick start"]
     assert len(quick_start) == 5
     assert not any(block.mark for block in quick_start)
@@ -95,6 +95,22 @@ def test_training_commands_name_real_scripts_recipes_and_flags():
         parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
         options = getattr(run_options, f"{kind}RunOptions")
         parse_arguments(parser, recipes[kind], options, ROOT / "examples" / "recipes", words.split())
+
+
+def test_console_commands_name_real_flags():
+    from maetok_hf.commands import analyze_latents, evaluate_generation, evaluate_tokenizer, sweep_guidance
+
+    parsers = {
+        "maetok-eval tokenizer": evaluate_tokenizer.parse_options,
+        "maetok-eval generation": evaluate_generation.parse_options,
+        "maetok-eval guidance": sweep_guidance.parse_options,
+        "maetok-analyze": analyze_latents.parse_options,
+    }
+    text = "\n".join(block.code for block in BLOCKS if block.mark == "hours").replace("\\\n", " ")
+    commands = re.findall(r"^(maetok-(?:eval \w+|analyze)) (.*)$", text, re.MULTILINE)
+    assert {name for name, _ in commands} == parsers.keys()
+    for name, words in commands:
+        parsers[name](words.split())
 
 
 @pytest.fixture(scope="module")

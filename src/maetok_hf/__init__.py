@@ -4,7 +4,7 @@
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401
 
 from ._register import register
-from .conversion import convert_autoencoder, convert_transformer
+from .conversion import convert_autoencoder, convert_transformer, convert_va_vae
 from .models import (
     AutoencoderMAE,
     LightningDiTTransformer1DModel,
@@ -31,6 +31,7 @@ __all__ = [
     "USiTTransformer1DModel",
     "convert_autoencoder",
     "convert_transformer",
+    "convert_va_vae",
     "denormalize_latents",
     "normalize_latents",
 ]
