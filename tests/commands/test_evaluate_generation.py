@@ -240,6 +240,14 @@ def test_a_data_set_as_reference_is_cropped(words, tmp_path, real):
     assert fewer["protocol"]["num_reference_images"] == 9
 
 
+def test_samples_from_a_data_set_are_cropped(words, tmp_path, generated):
+    write_images(tmp_path / "data" / "train" / "cat", generated)
+    expected = evaluate(words)
+    given = {"samples": tmp_path / "data", "samples_resolution": 16, "cache_dir": tmp_path / "counts"}
+    report = evaluate(replaced(words, output_dir=tmp_path / "again", **given))
+    assert report["results"] == pytest.approx(expected["results"], rel=1e-9)
+
+
 def test_unfinished_set_of_generate_is_refused_and_a_whole_one_brings_its_protocol(words, tmp_path, pipeline_folder):
     settings = evaluate_generation.PipelineImages(
         tiny_pipeline("sde"),
@@ -276,6 +284,8 @@ def test_inception_score_needs_no_reference(words):
         ({"num_inference_steps": 3}, "`num_inference_steps` = 3 has no effect with `samples`"),
         ({"reference": None}, "`reference` is needed for all `metrics` but 'inception_score'"),
         ({"reference_split": "val"}, "`reference_split` = 'val' has no effect without `reference_resolution`"),
+        ({"samples_split": "val"}, "`samples_split` = 'val' has no effect without `samples` and `samples_resolution`"),
+        ({"cache_dir": "x"}, "`cache_dir` has no effect without a data set"),
         ({"kid_subset_size": 10}, "`kid_subset_size` has no effect without 'kid_subsets'"),
     ],
 )

@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 
-from ..evaluation import EvaluationProtocol, FeatureCollector, FeatureExtractor, ImageReader, save_moments
+from ..data import open_images
+from ..evaluation import (
+    DatasetImages,
+    EvaluationProtocol,
+    FeatureCollector,
+    FeatureExtractor,
+    ImageReader,
+    save_moments,
+)
 from ..evaluation.extractors import extractor_identity, load_extractor
 from ..evaluation.feature_run import FEATURES_FILE, FeatureRun
 from ..evaluation.image_sets import image_set_identity, open_image_set
 from ..evaluation.options import GenerationScoreOptions, ScoreOptions
 from ..evaluation.pipeline_images import PipelineImages
 from ..evaluation.protocol import without_folders
-from ..evaluation.reference import Reference, open_reference
+from ..evaluation.reference import DEFAULT_SPLIT, Reference, open_reference
 from ..evaluation.scores import (
     LABELS,
     check_layers,
@@ -224,6 +232,10 @@ class GenerationEvaluation:
 
     def _open_images(self) -> tuple[ImageReader, dict[str, Any] | None]:
         options = self.options
+        if options.samples_resolution is not None:
+            split, cache_dir = options.samples_split or DEFAULT_SPLIT, options.cache_dir
+            source = open_images(options.samples, split=split, use_labels=False, cache_dir=cache_dir)
+            return DatasetImages(source, options.samples_resolution, options.num_images), None
         if options.samples is not None:
             settings = find_settings(Path(options.samples))
             images = open_image_set(options.samples, options.num_images)

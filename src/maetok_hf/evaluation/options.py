@@ -77,9 +77,11 @@ class ScoreOptions:
         if self.reference_resolution is None:
             _refuse_effectless(
                 self,
-                ("reference_split", "reference_config_name", "reference_num_workers", "cache_dir"),
+                ("reference_split", "reference_config_name", "reference_num_workers"),
                 "without `reference_resolution`, by which `reference` is read as a data set",
             )
+            if self.cache_dir is not None and getattr(self, "samples_resolution", None) is None:
+                raise ValueError("`cache_dir` has no effect without a data set: remove it.")
         if ":" in self.extractor and self.extractor_weights is not None:
             raise ValueError("`extractor_weights` has no effect with an `extractor` of your own: remove it.")
         if self.extractor not in ("inception", "dinov2") and ":" not in self.extractor:
@@ -95,7 +97,12 @@ class GenerationScoreOptions(ScoreOptions, GuidanceOptions, SamplingOptions):
 
     Args:
         samples (`str`, *optional*):
-            Images that are scored: a folder, or an `.npz` file of ADM's suite.
+            Images that are scored: a folder of images of one size, an `.npz` file of ADM's suite, or, with
+            `samples_resolution`, a data set, a folder or the name of one on the Hub.
+        samples_resolution (`int`, *optional*):
+            Read `samples` as a data set, whose images are resized and cropped to this height and width as ADM does.
+        samples_split (`str`, *optional*):
+            Split of the data set; by default `train`, or the only one there is.
         pretrained_model_name_or_path (`str`, *optional*):
             In place of `samples`, a pipeline, a folder or a Hub repository, whose images are scored as they are
             sampled and kept nowhere.
@@ -104,6 +111,8 @@ class GenerationScoreOptions(ScoreOptions, GuidanceOptions, SamplingOptions):
     """
 
     samples: str | None = None
+    samples_resolution: int | None = None
+    samples_split: str | None = None
     pretrained_model_name_or_path: str | None = None
     num_images: int | None = None
 
@@ -114,6 +123,9 @@ class GenerationScoreOptions(ScoreOptions, GuidanceOptions, SamplingOptions):
             names = [field.name for base in (SamplingOptions, GuidanceOptions) for field in fields(base)]
             names = [name for name in names if name not in ("num_images", "batch_size")]
             _refuse_effectless(self, names, "with `samples`, which are there")
+        if self.samples is None or self.samples_resolution is None:
+            names = ("samples_split",) if self.samples is not None else ("samples_resolution", "samples_split")
+            _refuse_effectless(self, names, "without `samples` and `samples_resolution`, by which they are a data set")
         SamplingOptions.__post_init__(self)
         ScoreOptions.__post_init__(self)
 
