@@ -9,24 +9,12 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import torch
-from accelerate.state import PartialState
 
 from maetok_hf.commands import analyze_latents
 from tests.testing_utils import tiny_autoencoder
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "analyze_latents.py"
-
-
-@pytest.fixture(autouse=True)
-def fresh_state(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    PartialState._reset_state()
-    yield
-    PartialState._reset_state()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from accelerate.state import PartialState
@@ -33,23 +32,6 @@ COUNT = 21
 ALL_METRICS = ("fid", "sfid", "inception_score", "precision_recall", "kid", "kid_subsets")
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    PartialState._reset_state()
-    yield
-    PartialState._reset_state()
-    torch.set_num_threads(threads)
-
-
-def write_images(folder, images):
-    folder.mkdir(parents=True)
-    for number, pixels in enumerate(images):
-        PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{number:06d}.png")
-    return folder
-
-
 @pytest.fixture
 def generated():
     return random_images(COUNT, size=16)
@@ -61,7 +43,7 @@ def real():
 
 
 @pytest.fixture
-def words(tmp_path, generated, real):
+def words(tmp_path, generated, real, write_images):
     """A command line that scores a folder of images against another."""
     samples, reference = write_images(tmp_path / "samples", generated), write_images(tmp_path / "real", real)
     return [
@@ -229,7 +211,7 @@ def test_reference_features_are_shared_between_evaluations(words, tmp_path, monk
     assert sum(shape[0] for shape in seen if shape[2] == 24) == len(real)
 
 
-def test_a_data_set_as_reference_is_cropped(words, tmp_path, real):
+def test_a_data_set_as_reference_is_cropped(words, tmp_path, real, write_images):
     folder = tmp_path / "data" / "train" / "cat"
     write_images(folder, real)
     given = {"reference": tmp_path / "data", "reference_resolution": 24, "cache_dir": tmp_path / "counts"}
@@ -240,7 +222,7 @@ def test_a_data_set_as_reference_is_cropped(words, tmp_path, real):
     assert fewer["protocol"]["num_reference_images"] == 9
 
 
-def test_samples_from_a_data_set_are_cropped(words, tmp_path, generated):
+def test_samples_from_a_data_set_are_cropped(words, tmp_path, generated, write_images):
     write_images(tmp_path / "data" / "train" / "cat", generated)
     expected = evaluate(words)
     given = {"samples": tmp_path / "data", "samples_resolution": 16, "cache_dir": tmp_path / "counts"}

@@ -26,16 +26,6 @@ EXTRACTOR = "tests.evaluation.networks:TinyExtractor"
 COUNT = 21
 
 
-@pytest.fixture(autouse=True)
-def fresh_state(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    PartialState._reset_state()
-    yield
-    PartialState._reset_state()
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tokenizer(tmp_path):
     model = tiny_autoencoder(sample_size=16)
@@ -44,11 +34,9 @@ def tokenizer(tmp_path):
 
 
 @pytest.fixture
-def words(tmp_path, tokenizer):
+def words(tmp_path, tokenizer, write_images):
     """A command line that evaluates a tokenizer on a folder of images."""
-    (tmp_path / "images").mkdir()
-    for number, pixels in enumerate(random_images(COUNT, size=16)):
-        PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{number:02d}.png")
+    write_images(tmp_path / "images", random_images(COUNT, size=16))
     return [
         *("--tokenizer_name_or_path", str(tmp_path / "tokenizer"), "--extractor", EXTRACTOR, "--batch_size", "4"),
         *("--images", str(tmp_path / "images"), "--device", "cpu", "--output_dir", str(tmp_path / "out")),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-import torch
 from accelerate.state import PartialState
 
 from maetok_hf.commands import evaluate_generation, sweep_guidance
@@ -20,16 +19,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "sweep_guidance.py"
 COUNT = 10
 
 
-@pytest.fixture(autouse=True)
-def fresh_state():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    PartialState._reset_state()
-    yield
-    PartialState._reset_state()
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pipeline_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
@@ -38,11 +27,8 @@ def pipeline_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def common(tmp_path, pipeline_folder):
-    folder = tmp_path / "real"
-    folder.mkdir()
-    for number, pixels in enumerate(random_images(8, seed=5, size=24)):
-        PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+def common(tmp_path, pipeline_folder, write_images):
+    folder = write_images(tmp_path / "real", random_images(8, seed=5, size=24))
     return [
         *("--pretrained_model_name_or_path", str(pipeline_folder), "--num_images", str(COUNT), "--batch_size", "4"),
         *("--num_inference_steps", "2", "--reference", str(folder), "--device", "cpu"),

@@ -1,13 +1,22 @@
-"""What commands have in common: flags from a dataclass, and tables."""
+"""What commands have in common: flags from a dataclass, a run on some processes, and tables."""
 
 import argparse
-from collections.abc import Sequence
-from typing import TypeVar
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from ..training.configuration import add_flags, build, given_flags
+from ..training.interruption import end_process
+from .processes import Processes
 
 
 T = TypeVar("T")
+
+
+class Evaluation(Protocol):
+    """What one process of a command does; `measure` returns a report on the main process, and `None` on others."""
+
+    def measure(self) -> dict[str, Any] | None: ...
 
 
 def parse_words(prog: str, description: str, cls: type[T], words: Sequence[str] | None = None) -> T:
@@ -34,6 +43,29 @@ def parse_words(prog: str, description: str, cls: type[T], words: Sequence[str] 
         return build(cls, given_flags(parser.parse_args(words), cls))
     except ValueError as error:
         parser.error(str(error))
+
+
+def run_evaluation(
+    make: Callable[[Processes], Evaluation], device: str, show: Callable[[Mapping[str, Any]], str], files: str
+) -> None:
+    """
+    Evaluate, print what was measured, and end the process.
+
+    Args:
+        make (`Callable[[Processes], Evaluation]`): Makes what this process does.
+        device (`str`): `"auto"`, `"cpu"` or `"cuda"`.
+        show (`Callable[[Mapping[str, Any]], str]`): What is printed of a report.
+        files (`str`): What was written, and where, in words.
+    """
+    logging.basicConfig(format="%(message)s")
+    processes = Processes(device)
+    try:
+        report = make(processes).measure()
+    finally:
+        processes.release()
+    if report is not None:
+        print(f"{show(report)}\n{files}")
+    end_process()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,7 @@ from ..evaluation.scores import (
 from ..sampling import load_pipeline
 from ..sampling.protocol import SETTINGS_FILE
 from ..training.checkpointing import write_json
-from ..training.interruption import end_process
-from .command_line import parse_words, table
+from .command_line import parse_words, run_evaluation, table
 from .processes import Processes
 
 
@@ -340,16 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (`Sequence[str]`, *optional*): Words of the command line; by default those of this process.
     """
     options = parse_options(argv)
-    logging.basicConfig(format="%(message)s")
-    processes = Processes(options.device)
-    try:
-        report = GenerationEvaluation(options, processes).measure()
-    finally:
-        processes.release()
-    if report is not None:
-        print(to_table(report))
-        print(f"{REPORT_FILE}, {STATISTICS_FILE} and features/{FEATURES_FILE} are in {options.output_dir}.")
-    end_process()
+    files = f"{REPORT_FILE}, {STATISTICS_FILE} and features/{FEATURES_FILE} are in {options.output_dir}."
+    run_evaluation(lambda processes: GenerationEvaluation(options, processes), options.device, to_table, files)
 
 
 if __name__ == "__main__":

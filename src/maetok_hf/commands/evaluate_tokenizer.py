@@ -1,6 +1,5 @@
 """What a tokenizer loses: rFID, PSNR, SSIM and LPIPS of reconstructions. See `examples/evaluate_tokenizer.py`."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +30,10 @@ from ..evaluation.reconstruction import (
 )
 from ..evaluation.tokenizer_options import DEFAULT_RESOLUTION, TokenizerEvaluationOptions
 from ..training.checkpointing import model_digest, write_json
-from ..training.interruption import end_process
 from ..training.latent_encoding import load_tokenizer
 from ..training.model_card import public_name
 from ..training.perceptual import PerceptualLoss
-from .command_line import parse_words, table
+from .command_line import parse_words, run_evaluation, table
 from .processes import Processes
 
 
@@ -227,16 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (`Sequence[str]`, *optional*): Words of the command line; by default those of this process.
     """
     options = parse_options(argv)
-    logging.basicConfig(format="%(message)s")
-    processes = Processes(options.device)
-    try:
-        report = TokenizerEvaluation(options, processes).measure()
-    finally:
-        processes.release()
-    if report is not None:
-        print(to_table(report))
-        print(f"{REPORT_FILE} is in {options.output_dir}.")
-    end_process()
+    files = f"{REPORT_FILE} is in {options.output_dir}."
+    run_evaluation(lambda processes: TokenizerEvaluation(options, processes), options.device, to_table, files)
 
 
 if __name__ == "__main__":

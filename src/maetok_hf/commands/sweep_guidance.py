@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,7 @@ from ..evaluation.protocol import without_folders
 from ..evaluation.scores import LABELS, check_layers, compute_scores, needed_layers, needed_reference_layers
 from ..sampling import load_pipeline
 from ..training.checkpointing import write_json, write_text
-from ..training.interruption import end_process
-from .command_line import parse_words, table
+from .command_line import parse_words, run_evaluation, table
 from .evaluate_generation import KEY_LENGTH, ReferenceRun, layers_of, open_extractor
 from .processes import Processes
 
@@ -270,16 +268,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (`Sequence[str]`, *optional*): Words of the command line; by default those of this process.
     """
     options = parse_options(argv)
-    logging.basicConfig(format="%(message)s")
-    processes = Processes(options.device)
-    try:
-        report = GuidanceSweep(options, processes).measure()
-    finally:
-        processes.release()
-    if report is not None:
-        print(to_markdown(report))
-        print(f"{REPORT_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE} are in {options.output_dir}.")
-    end_process()
+    files = f"{REPORT_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE} are in {options.output_dir}."
+    run_evaluation(lambda processes: GuidanceSweep(options, processes), options.device, to_markdown, files)
 
 
 if __name__ == "__main__":
