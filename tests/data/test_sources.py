@@ -62,6 +62,19 @@ def test_every_format_can_be_read_at_any_place(make_source, kind, assert_rows):
     assert_rows(read(source, order), indices)
 
 
+def test_a_listing_names_the_files_wherever_they_lie(make_source, kind):
+    source = make_source(kind)
+    listing = list(source.listing())
+    if kind == "imagefolder":
+        assert len(listing) == source.num_rows
+        name, size, label, caption = listing[0]
+        assert name.endswith(".png") and size > 0 and label == 0 and caption is None
+    elif kind in ("parquet", "webdataset"):
+        assert [name for (name,) in listing] == [Path(file).name for file in source.files] and listing
+    else:
+        assert listing == []
+
+
 def test_two_readers_of_a_stream_do_not_disturb_each_other(make_source, assert_rows):
     source = make_source("stream")
     order = [c for pair in zip(range(0, 8), range(8, 16), strict=True) for c in pair]

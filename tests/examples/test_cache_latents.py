@@ -10,6 +10,7 @@ import time
 
 import datasets
 import numpy as np
+import PIL.Image
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -112,6 +113,19 @@ def test_latents_come_back_normalised_for_training(run_here, flags, tmp_path):
     assert values.shape == (40, 6, 4) and abs(values.mean()) < 0.1 and abs(values.std() - 1) < 0.1
     for batch in epoch:
         assert torch.equal(batch["class_labels"], batch["indices"] % 3)
+
+
+def test_a_changed_folder_of_images_does_not_continue_a_cache(run_here, tokenizer_folder, tmp_path):
+    folder = tmp_path / "images" / "train"
+    for index in range(40):
+        (folder / f"{index // 20}").mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"{index // 20}" / f"{index}.png")
+    flags = ["--dataset_name", tmp_path / "images", "--tokenizer_name_or_path", tokenizer_folder, "--resolution", 16]
+    command = ["cache_latents", *flags, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"]
+    run_here(*command)
+    (folder / "0" / "19.png").rename(folder / "1" / "40.png")
+    with pytest.raises(ValueError, match="other settings:\n  data.digest: "):
+        run_here(*command)
 
 
 @pytest.mark.parametrize("more", [["--dataloader_num_workers", 2], []], ids=["workers", "again"])

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
+from maetok_hf.data import open_images
 from maetok_hf.models.autoencoder_mae import AutoencoderMAE
 from maetok_hf.training import checkpointing
 from maetok_hf.training.checkpointing import (
@@ -23,6 +24,7 @@ from maetok_hf.training.checkpointing import (
     model_digest,
 )
 from maetok_hf.training.optim import create_ema
+from maetok_hf.training.resumption import check_identity
 
 
 IDENTITY = {"recipe": {"learning_rate": 1e-3, "max_train_steps": 10}, "seed": 0}
@@ -198,7 +200,7 @@ PLACES = {
     "second optimiser": (torch, "save", 2),
     "random states": (torch, "save", 3),
     "flushing": (checkpointing, "flush_to_disk", 1),
-    "state file": (checkpointing.json, "dump", 1),
+    "state file": (checkpointing, "write_text", 1),
     "rename": (Path, "rename", 1),
 }
 
@@ -407,13 +409,14 @@ def test_failed_export_leaves_the_earlier_one_whole(tmp_path):
     assert (tmp_path / "vae" / "weights").read_text() == "first"
 
 
-def source_of(rows, sizes, classes=("cat", "dog")):
+def source_of(rows, sizes, classes=("cat", "dog"), files=("0.parquet",)):
     return SimpleNamespace(
         num_rows=sum(sizes),
         chunk_shards=np.zeros(len(sizes), dtype=np.int64),
         chunk_sizes=np.array(sizes),
         columns=SimpleNamespace(class_names=classes),
         read_chunk=lambda chunk: rows,
+        listing=lambda: ((file,) for file in files),
     )
 
 
@@ -428,8 +431,38 @@ def test_data_identity_follows_content_not_location():
         source_of([(rows[0][0], 1), rows[1]], [2, 4]),
         source_of(rows, [4, 2]),
         source_of(rows, [2, 4], classes=("cat", "fox")),
+        source_of(rows, [2, 4], files=("1.parquet",)),
     ]
     assert all(data_identity(other) != identity for other in others)
+
+
+@pytest.mark.parametrize("change", ["moved", "renamed", "rewritten", "relabelled"])
+def test_data_identity_covers_every_file_of_a_folder(change, tmp_path):
+    """None of the changes is in the first rows or changes a number of rows."""
+
+    def open_folder(name):
+        return data_identity(open_images(tmp_path / name, cache_dir=tmp_path / "cache"))
+
+    for index in range(60):
+        path = tmp_path / "first" / "train" / f"class-{index // 30}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no image")
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    identity, folder = open_folder("first"), tmp_path / "second" / "train"
+    assert open_folder("second") == identity
+    last = folder / "class-0" / "29.png"
+    if change == "moved":
+        last.unlink()
+        (folder / "class-1" / "60.png").write_bytes(b"no image")
+    elif change == "renamed":
+        last.rename(folder / "class-0" / "299.png")
+    elif change == "rewritten":
+        last.write_bytes(b"another")
+    else:
+        last.rename(folder / "class-1" / "29.png")
+        (folder / "class-1" / "30.png").rename(folder / "class-0" / "30.png")
+    with pytest.raises(ValueError, match="belongs to a run with other settings:\n  data.digest: "):
+        check_identity(tmp_path, {"data": identity}, {"data": open_folder("second")})
 
 
 def test_model_digest_changes_with_a_weight_and_a_config_value(tmp_path):

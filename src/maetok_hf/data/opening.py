@@ -251,9 +251,11 @@ def _open_by_name(
         return _open_stream(stream, description, chunk_size, token, columns)
     path = cache.path("stream", files, builder.config_id, split, stream.num_shards)
     with cache.turn(path):
-        return _open_stream(
+        source = _open_stream(
             stream, description, chunk_size, token, columns, cache.load(path), lambda sizes: cache.save(path, sizes)
         )
+    source.files = files
+    return source
 
 
 def resolve_folder(data: str | os.PathLike) -> str:

@@ -149,11 +149,14 @@ class ImageSource:
         chunk_sizes (`np.ndarray`): Rows of every chunk, of shape `(num_chunks,)`.
         chunk_starts (`np.ndarray`): Index in the data set of the first row of every chunk, of shape `(num_chunks,)`.
         chunk_shards (`np.ndarray`): Shard of every chunk, of shape `(num_chunks,)`.
+        files (`Sequence[str]`): Paths or URLs of the files, none if they are not known.
         warn ([`RowWarnings`]): Where all loaders of this source report the rows that they cannot use.
 
     Raises:
         ValueError: If there are no rows.
     """
+
+    files: Sequence[str] = ()
 
     def __init__(
         self,
@@ -205,6 +208,15 @@ class ImageSource:
         """
         raise NotImplementedError
 
+    def listing(self) -> Iterator[tuple[Any, ...]]:
+        """
+        What tells the files of the data set from those of another one without reading them, wherever they lie.
+
+        Returns:
+            `Iterator[tuple]`: Plain values for every file, in the order of the data set.
+        """
+        return ((_file_name(file),) for file in self.files)
+
     def decode(self, row: Row) -> Sample:
         """
         Args:
@@ -244,9 +256,22 @@ class ImageSource:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
+def _file_name(path: str) -> str:
+    """The last part of a path or URL, of a file in an archive that of the file."""
+    return os.path.basename(path.split("::")[0])
+
+
+def _file_size(path: str) -> int:
+    """Bytes of a local file, -1 if it is none."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
 class DatasetSource(ImageSource):
     """
-    A map-style `datasets.Dataset`: one shard with random access.
+    A map-style `datasets.Dataset`: one shard with random access. A folder of images is one of paths.
 
     Args:
         dataset (`datasets.Dataset`): The data set, its image column not decoded.
@@ -262,6 +287,13 @@ class DatasetSource(ImageSource):
     def read_chunk(self, chunk: int) -> list[Row]:
         start = int(self.chunk_starts[chunk])
         return _rows(self.dataset[start : start + int(self.chunk_sizes[chunk])], self.columns)
+
+    def listing(self) -> Iterator[tuple[Any, ...]]:
+        if getattr(self.dataset.features[self.columns.image], "dtype", None) != "string":
+            return  # of other data sets only the rows say what they are
+        for table in self.dataset.iter(batch_size=10_000):
+            for path, *others in _rows(table, self.columns):
+                yield _file_name(path), _file_size(path), *others
 
 
 class ParquetSource(ImageSource):

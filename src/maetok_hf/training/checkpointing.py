@@ -330,7 +330,9 @@ class Checkpointer:
 
 def data_identity(source: Any) -> dict[str, Any]:
     """
-    What makes a data set the same one, wherever it lies: its layout, its classes and its first rows.
+    What makes a data set the same one, wherever it lies: its layout, its classes, its first rows, and the names of its
+    files; of a folder of images also their sizes and classes. No more is read, so files that were rewritten under
+    their names with as many rows are not noticed.
 
     Args:
         source ([`~maetok_hf.data.ImageSource`]): The data set.
@@ -343,9 +345,13 @@ def data_identity(source: Any) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(table, dtype=np.int64).tobytes())
     for image, *others in source.read_chunk(0):
         if isinstance(image, Mapping):
+            image = image.get("bytes") or image.get("path") or ""
+        if isinstance(image, str):
             # A path says where a file lies on this machine; its name is enough where the bytes are not at hand.
-            image = image.get("bytes") or os.path.basename(image.get("path") or "")
+            image = os.path.basename(image)
         digest.update(repr((image, *others)).encode())
+    for entry in source.listing():
+        digest.update(repr(entry).encode())
     classes = list(source.columns.class_names or [])
     return {"num_rows": int(source.num_rows), "classes": classes, "digest": digest.hexdigest()}
 
