@@ -153,6 +153,23 @@ def test_set_of_other_settings_is_refused_with_a_list_of_the_differences(tmp_pat
     assert (tmp_path / "settings.json").read_text() == before
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_set_in_low_precision_is_continued_with_its_batch_size_only(dtype, tmp_path):
+    pipe = tiny_pipeline()
+
+    def record(batch_size):
+        asked = {"dtype": dtype, "batch_size": batch_size}
+        record_settings(tmp_path, settings(pipe, **asked), run_settings(options(**asked), 1, torch.device("cpu")))
+
+    record(8)
+    record(8)
+    if dtype == "float32":
+        record(4)
+        return
+    with pytest.raises(ValueError, match="batch_size: 8 there, 4 now"):
+        record(4)
+
+
 def test_every_environment_is_recorded_once_and_a_new_one_is_warned_of(tmp_path, caplog):
     one = run_settings(options(), 1, torch.device("cpu"))
     assert {"torch", "diffusers", "maetok_hf"} <= one["versions"].keys()

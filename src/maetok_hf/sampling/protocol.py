@@ -148,6 +148,8 @@ def sampling_settings(
     models = ["vae", "transformer"]
     models += ["guidance_transformer"] if guided and sampling["guidance_method"] == "autoguidance" else []
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    # in low precision the rounding of matrix products, which depends on it, is more than the last bits
+    batch_size = {} if options.dtype == "float32" else {"batch_size": options.batch_size}
     return {
         "num_images": options.num_images,
         "resolution": list(image_shape(pipe)[:2]),
@@ -162,6 +164,7 @@ def sampling_settings(
         "guidance_interval": list(sampling["guidance_interval"]) if guided else None,
         "dtype": options.dtype,
         "rounding": options.rounding,
+        **batch_size,
         "digests": {name: model_digest(getattr(pipe, name)) for name in models},
     }
 
