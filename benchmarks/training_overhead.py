@@ -20,6 +20,7 @@ import argparse
 import concurrent.futures
 import functools
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -434,12 +435,12 @@ def share_lines(report: dict[str, Any]) -> list[str]:
 
 
 def method_lines(report: dict[str, Any], description: str) -> list[str]:
-    """Lines of Markdown: how it was measured, by the second and third paragraph of a module's description."""
+    """Lines of Markdown: how it was measured, by a module's description from its second paragraph to the command."""
+    paragraphs = itertools.takewhile(lambda text: not text.startswith(" "), description.split("\n\n")[1:])
     return [
         "## How it was measured",
         "",
-        *(line.strip() for line in description.split("\n\n")[1:3]),
-        "",
+        *(line for paragraph in paragraphs for line in (*paragraph.splitlines(), "")),
         f"- {report['num_threads']} threads, of which a data worker has one; other jobs ran on the machine: load "
         f"average {' at the beginning and '.join(map(str, report['load_average']))} at the end",
         f"- {machine_line(report['machine'])}",

@@ -90,3 +90,7 @@ def test_a_report_judges_each_case_by_its_processor_time_and_names_the_command()
     assert "| cheap | 97.0 (97.0 to 97.0) | 4.5 (4.5 to 4.5) | yes |" in lines
     assert "| costly | 97.0 (97.0 to 97.0) | 5.5 (5.5 to 5.5) | no |" in lines
     assert lines[-2] == "python -m benchmarks.generator_overhead"
+    description = generator_overhead.__doc__
+    measured = "\n".join(lines[lines.index("## How it was measured") : -3])
+    assert description[description.index("The script's own") : description.index("    python -m")] in measured
+    assert "writes `" not in measured
