@@ -1,7 +1,9 @@
 """The cards say what was trained and measured, nothing else, and are valid on the Hub."""
 
+import re
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -63,6 +65,20 @@ def test_card_shows_the_recipe_and_how_to_load_and_leaves_no_hole(tmp_path, kind
     config = AUTOENCODER_CONFIG if kind == "tokenizer" else TRANSFORMER_CONFIG
     shown = {"tokenizer": f"{config.get('num_latent_tokens')} tokens of {config.get('latent_channels')} channels"}
     assert shown.get(kind, "2 layers of width 32, 10 classes") in text
+
+
+@pytest.mark.parametrize("gaussian_posterior", [False, True])
+def test_the_lines_of_a_tokenizers_card_load_and_use_it(tmp_path, monkeypatch, gaussian_posterior):
+    monkeypatch.chdir(tmp_path)
+    vae = tiny_autoencoder(gaussian_posterior=gaussian_posterior)
+    vae.save_pretrained("user/model")
+    PIL.Image.new("RGB", (40, 30), "green").save("image.png")
+    text = make_card(tmp_path, "tokenizer", model_config=dict(vae.config)).text
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    found = {}
+    exec(lines, found)
+    assert found["latents"].shape == (1, vae.config.num_latent_tokens, vae.config.latent_channels)
+    assert found["reconstruction"].shape == found["pixels"].shape
 
 
 def test_measured_values_become_evaluation_results(tmp_path):
