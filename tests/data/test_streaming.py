@@ -10,6 +10,8 @@ import torch
 
 from maetok_hf.data import COUNT_NAMES, ImageSource, StreamingImages, describe_counts, resolution_at
 from maetok_hf.data.order import epoch_order
+from maetok_hf.data.sources import StreamSource
+from maetok_hf.data.streaming import _say_how_restarts_read
 
 
 NUM_ROWS = 61
@@ -38,18 +40,26 @@ class Recorder:
     """Counts what is read from a source and what is decoded."""
 
     def __init__(self, source, monkeypatch):
-        self.chunks, self.decoded = [], 0
-        read_chunk, decode = source.read_chunk, source.decode
+        self.chunks, self.rows, self.decoded = [], 0, 0
+        read_chunk, iterate, decode = source.read_chunk, StreamSource.iterate, source.decode
 
         def recording_read_chunk(chunk):
             self.chunks.append(chunk)
-            return read_chunk(chunk)
+            rows = read_chunk(chunk)
+            self.rows += 0 if source.sequential else len(rows)
+            return rows
+
+        def recording_iterate(*arguments):
+            for rows in iterate(*arguments):
+                self.rows += len(rows)
+                yield rows
 
         def recording_decode(row):
             self.decoded += 1
             return decode(row)
 
         monkeypatch.setattr(source, "read_chunk", recording_read_chunk)
+        monkeypatch.setattr(StreamSource, "iterate", staticmethod(recording_iterate))
         monkeypatch.setattr(source, "decode", recording_decode)
 
 
@@ -212,16 +222,37 @@ def test_shards_of_a_stream_are_read_forward(make_source):
 def test_a_restart_reads_one_block_and_decodes_one_micro_batch(make_source, monkeypatch, kind):
     source = make_source(kind)
     order = epoch_order(source, SETTINGS["seed"], 1, SETTINGS["block_size"], shuffle=True)
-    most = max(np.diff(order.block_chunks))
     recorder = Recorder(source, monkeypatch)
+    skipped = []
     for start in range(MICRO_BATCHES, 2 * MICRO_BATCHES):
-        recorder.chunks, recorder.decoded = [], 0
+        recorder.chunks, recorder.rows, recorder.decoded = [], 0, 0
+        source._open.clear()  # of an earlier restart
         images = stream(source, start_micro_batch=start)
         next(iter(images))
         position = np.searchsorted(order.block_chunks, np.flatnonzero(np.isin(order.chunks, recorder.chunks)), "right")
         # A micro-batch may begin at the end of one block and go on in the next.
-        assert len(recorder.chunks) <= 2 * most and len(set(position)) <= 2
-        assert recorder.decoded == SETTINGS["batch_size"]
+        blocks = set(position)
+        assert len(blocks) <= 2 and recorder.decoded == SETTINGS["batch_size"]
+        needed = sum(int(np.diff(order.block_rows)[block - 1]) for block in blocks)
+        skipped.append(recorder.rows - needed)
+        if source.sequential:  # and what lies before it in its shards
+            shards = source.chunk_shards[recorder.chunks]
+            before = [np.flatnonzero(source.chunk_shards == shard)[0] for shard in set(shards.tolist())]
+            firsts = [min(np.asarray(recorder.chunks)[shards == shard]) for shard in set(shards.tolist())]
+            ahead = source.chunk_starts[firsts] - source.chunk_starts[before]
+            assert skipped[-1] == ahead.sum()
+    assert (max(skipped) > 0) == source.sequential and min(skipped) == 0
+
+
+def test_a_source_without_random_access_says_once_how_a_restart_reads_it(make_source, caplog):
+    caplog.set_level(logging.INFO, logger="maetok_hf")
+    _say_how_restarts_read.cache_clear()
+    for kind in ("parquet", "webdataset", "stream", "stream"):
+        source = make_source(kind)
+        for _ in range(2):
+            stream(source)
+    said = [record.message for record in caplog.records if "can only be read from their beginning" in record.message]
+    assert len(said) == 1 and source.description in said[0]
 
 
 def test_every_process_reads_its_own_part_once(make_source, monkeypatch):

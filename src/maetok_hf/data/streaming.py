@@ -1,5 +1,7 @@
 """Shuffled, resumable micro-batches of images for any number of processes and data workers."""
 
+import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,8 +17,19 @@ from .sources import CorruptImageError, ImageSource, Row, Sample
 from .transforms import ImageTransform
 
 
+logger = logging.getLogger(__name__)
+
 # Rows tried in the place of one that cannot be used before the data set is given up.
 MAX_REPLACEMENT_ATTEMPTS = 1024
+
+
+@functools.cache  # once, however many loaders a source has
+def _say_how_restarts_read(description: str) -> None:
+    logger.info(
+        "The shards of %s can only be read from their beginning: a run that continues within one reads, without "
+        "decoding, what lies before. Parquet or uncompressed tar files are read at any place.",
+        description,
+    )
 
 
 class StreamingImages(MicroBatches):
@@ -58,7 +71,9 @@ class StreamingImages(MicroBatches):
         random_flip (`bool`, *optional*, defaults to `True`): See [`ImageTransform`].
         shuffle (`bool`, *optional*, defaults to `True`): `False` keeps the order of the data set.
         block_size (`int`, *optional*, defaults to 1024): Rows that are shuffled together. Each stream holds one
-            block of encoded images in memory, and a restart reads at most one block a stream again.
+            block of encoded images in memory, and a restart reads at most one block a stream again, and what lies
+            before it in its shards where these can only be read from their beginning (compressed tar files, arrow
+            files, an `IterableDataset`).
         rank (`int`, *optional*, defaults to 0): Number of this process.
         world_size (`int`, *optional*, defaults to 1): Number of processes.
         gradient_accumulation_steps (`int`, *optional*, defaults to 1): Micro-batches a process takes per step.
@@ -124,6 +139,8 @@ class StreamingImages(MicroBatches):
                 f"`require_labels=True`, but no label column of {source.description} is read: name it with "
                 "`label_column` in `open_images`."
             )
+        if source.sequential:
+            _say_how_restarts_read(source.description)
         self.require_labels = require_labels
         self.slots: ImageSlots | None = None  # set in the workers of `dataloader`
 
