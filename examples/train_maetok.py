@@ -109,11 +109,17 @@ def open_data(recipe: TokenizerRecipe, options: TokenizerRunOptions, accelerator
     if options.validation_split is None:
         return stream, unaugmented, None
     held_out_source = open_images(options.dataset_name, split=options.validation_split, **data)
+    num_images = options.num_validation_images or 500
+    if options.num_validation_images is not None and num_images > held_out_source.num_rows:
+        accelerator.print(
+            f"`num_validation_images` is {num_images}, but {held_out_source.description} has "
+            f"{held_out_source.num_rows}: all of these are measured."
+        )
     held_out = HeldOutImages(
         held_out_source,
         resolution=recipe.resolution,
         batch_size=stream.batch_size,
-        num_samples=min(options.num_validation_images or 500, held_out_source.num_rows),
+        num_samples=min(num_images, held_out_source.num_rows),
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )

@@ -117,7 +117,7 @@ def test_unknown_model_key_is_an_error_that_names_the_closest_one(write):
             "mixed_resolutions: [128, 512]\n",
             r"`mixed_resolutions` must contain `resolution`, got \[128, 512\] and 256",
         ),
-        ("mixed_resolutions: [256]\nmixed_resolution_weights: [1, 2]\n", r"one weight for each"),
+        ("mixed_resolutions: [256, 512]\nmixed_resolution_weights: [1]\n", r"one weight for each"),
         ("mixed_resolutions: [256, 512]\nmixed_resolution_weights: [1, 0]\n", r"must be positive, got \[1.0, 0.0\]"),
         ("mixed_resolutions: [256, 512]\nauxiliary_num_layers: 0\n", r"a linear decoder, is tied to one image size"),
         ("perceptual_weight: -1\n", r"`perceptual_weight` must be 0 or more, got -1.0"),
@@ -131,6 +131,13 @@ def test_unknown_model_key_is_an_error_that_names_the_closest_one(write):
         ("auxiliary_targets: [text]\nauxiliary_num_layers: 0\n", r"cannot predict 'text'"),
         ("mask_ratio_mean: 0.0\nmask_ratio_std: 0.01\n", r"has no mass in"),
         ("hog_weight: .inf\n", r"`hog_weight` must be finite, got inf"),
+        ("weight_decay: .inf\n", r"`weight_decay` must be finite, got inf"),
+        ("learning_rate: .inf\n", r"`learning_rate` must be finite, got inf"),
+        ("discriminator_learning_rate: .inf\n", r"`discriminator_learning_rate` must be finite, got inf"),
+        (
+            "model: {position_embedding: absolute, rope_theta: 5.0}\n",
+            r"sets 'rope_theta' to 5.0, but has no rotary positions",
+        ),
         (
             "auxiliary_targets: [text]\nmixed_resolutions: [256, 512]\nmodel: {num_latent_tokens: 0}\n",
             r"different numbers of image tokens",
@@ -178,6 +185,9 @@ def test_bad_value_is_an_error_that_names_it(write, text, message):
         ("lecam_weight: 0\nlecam_decay: 0.5\n", "lecam_decay"),
         ("mask_ratio_density: uniform\nmask_ratio_mean: 0.5\n", "mask_ratio_mean"),
         ("mask_ratio_min: 0.5\nmask_ratio_max: 0.5\nmask_ratio_std: 0.5\n", "mask_ratio_std"),
+        ("mixed_resolution_weights: [3]\n", "mixed_resolution_weights"),
+        ("mixed_resolutions: [256]\nmixed_resolution_weights: [3]\n", "mixed_resolution_weights"),
+        ("mixed_resolutions: [256]\nmixed_resolution_weights: [1, 2]\n", "mixed_resolution_weights"),
     ],
 )
 def test_setting_without_effect_is_an_error(write, text, name):
@@ -207,6 +217,13 @@ def test_inherited_setting_that_has_lost_its_effect_takes_its_default(write, tmp
     assert load_recipe(TokenizerRecipe, tmp_path / "base.yaml", {"auxiliary_targets": []}) == TokenizerRecipe(
         auxiliary_targets=[]
     )
+
+
+def test_a_mixed_recipe_can_be_run_at_one_size():
+    path = RECIPES / "maetok-b-128-mixed.yaml"
+    for sizes in ([], [256]):
+        recipe = load_recipe(TokenizerRecipe, path, {"mixed_resolutions": sizes})
+        assert (recipe.training_resolutions, recipe.mixed_resolution_weights) == ([256], [])
 
 
 def test_recipe_that_extends_itself_is_an_error(write, tmp_path):
@@ -420,6 +437,19 @@ def test_value_is_given_in_the_annotated_type(value, annotation, expected):
 def test_none_is_refused_where_it_is_not_allowed():
     with pytest.raises(ValueError, match="`x` must be of type `int`, got None"):
         check_value("x", None, int)
+
+
+@pytest.mark.parametrize("cls", [TokenizerRunOptions, SiTRunOptions, LoraRunOptions])
+def test_validation_that_a_run_never_comes_to_is_named(cls):
+    given = {"validation_split": "test"} if cls is TokenizerRunOptions else {}
+    given |= {"tokenizer_name_or_path": "t"} if cls is SiTRunOptions else {}
+    given |= {"pretrained_model_name_or_path": "p"} if cls is LoraRunOptions else {}
+    options = cls(output_dir="o", dataset_name="d", validation_steps=8, **given)
+    assert options.unused_settings(9) == {}
+    assert dataclasses.replace(options, validation_steps=None).unused_settings(1) == {}
+    for steps in (7, 8):
+        reason = f"the run has {steps} steps, and is validated at its end in any case"
+        assert options.unused_settings(steps) == {"validation_steps": reason}
 
 
 def test_micro_batch_is_the_total_divided_by_processes_and_accumulation():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from .flow_recipe import FlowRecipe
 from .recipes import check_fraction, check_positive
-from .run_options import RunOptions
+from .run_options import RunOptions, validated_at_the_end_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +102,6 @@ class LoraRunOptions(RunOptions):
         for name in ("num_validation_images", "validation_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    def unused_settings(self, max_train_steps: int) -> dict[str, str]:
+        return validated_at_the_end_only(self.validation_steps, max_train_steps)

@@ -7,6 +7,7 @@ many devices it is learned; that is [`RunOptions`](run_options). The defaults ar
 
 import dataclasses
 import inspect
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ def check_at_least_zero(recipe: Any, *names: str) -> None:
     for name in names:
         if not getattr(recipe, name) >= 0:
             raise ValueError(f"`{name}` must be 0 or more, got {getattr(recipe, name)}.")
+
+
+def check_finite(recipe: Any, *names: str) -> None:
+    for name in names:
+        if not math.isfinite(getattr(recipe, name)):
+            raise ValueError(f"`{name}` must be finite, got {getattr(recipe, name)}.")
 
 
 def check_fraction(recipe: Any, *names: str, below_one: bool = False) -> None:
@@ -101,6 +108,7 @@ class OptimizationRecipe:
         check_positive(self, "resolution", "total_batch_size", "max_train_steps", "learning_rate", "adam_epsilon")
         check_positive(self, "max_grad_norm")
         check_at_least_zero(self, "lr_warmup_steps", "weight_decay")
+        check_finite(self, "learning_rate", "adam_epsilon", "weight_decay")  # an infinite norm is one without clipping
         check_fraction(self, "final_learning_rate_fraction")
         check_fraction(self, "adam_beta1", "adam_beta2", "ema_decay", below_one=True)
         self.learning_rate_at(0)  # refuses a cosine that is all warm-up

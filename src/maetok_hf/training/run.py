@@ -121,6 +121,9 @@ class TrainingRun:
                 "the losses as well: set it to `no` and use `--torch_compile`."
             )
         configure_sharding(self.accelerator, supports_deepspeed)
+        if main:
+            for name, reason in options.unused_settings(recipe.max_train_steps).items():
+                logger.warning("`%s` = %s has no effect: %s.", name, getattr(options, name), reason)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self._lock = RunLock(self.output_dir) if main else None
         self._upload = None

@@ -109,6 +109,10 @@ class RunOptions:
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(f"`{name}` = {getattr(self, name)!r} has no effect without `push_to_hub`: remove it.")
 
+    def unused_settings(self, max_train_steps: int) -> dict[str, str]:
+        """Settings that a run of so many steps never comes to, with the reason: a warning, as trial runs are short."""
+        return {}
+
     def micro_batch_size(self, total_batch_size: int, num_processes: int) -> int:
         """
         Images in one forward pass of one process.
@@ -123,6 +127,13 @@ class RunOptions:
                 f"`gradient_accumulation_steps` = {num_processes} x {self.gradient_accumulation_steps}."
             )
         return total_batch_size // parts
+
+
+def validated_at_the_end_only(validation_steps: int | None, max_train_steps: int) -> dict[str, str]:
+    """What [`~RunOptions.unused_settings`] says of `validation_steps`."""
+    if validation_steps is None or validation_steps < max_train_steps:
+        return {}
+    return {"validation_steps": f"the run has {max_train_steps} steps, and is validated at its end in any case"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +186,9 @@ class TokenizerRunOptions(RunOptions):
                     "remove it."
                 )
 
+    def unused_settings(self, max_train_steps: int) -> dict[str, str]:
+        return validated_at_the_end_only(self.validation_steps, max_train_steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiTRunOptions(RunOptions):
@@ -223,3 +237,6 @@ class SiTRunOptions(RunOptions):
         for name in ("num_validation_images", "validation_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    def unused_settings(self, max_train_steps: int) -> dict[str, str]:
+        return validated_at_the_end_only(self.validation_steps, max_train_steps)

@@ -8,6 +8,7 @@ from .masking import linear_mask_ratio, sample_step_mask_ratio
 from .recipes import (
     OptimizationRecipe,
     check_at_least_zero,
+    check_finite,
     check_fraction,
     check_model_settings,
     check_positive,
@@ -219,6 +220,11 @@ class TokenizerRecipe(OptimizationRecipe):
             )
         derived = {"sample_size": "`resolution`", "latents_mean": "the training", "latents_std": "the training"}
         check_model_settings(AutoencoderMAE, self.model, derived)
+        if self.model.get("position_embedding") == "absolute" and "rope_theta" in self.model:
+            raise ValueError(
+                f"`model` sets 'rope_theta' to {self.model['rope_theta']}, but has no rotary positions, since "
+                "'position_embedding' is 'absolute': leave it out."
+            )
         for name in ("in_channels", "out_channels"):
             if self.model.get(name, 3) != 3:
                 raise ValueError(
@@ -244,9 +250,7 @@ class TokenizerRecipe(OptimizationRecipe):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"`{name}` names something twice: {values}.")
-        infinite = [name for name in weights if math.isinf(getattr(self, name))]
-        if infinite:
-            raise ValueError(f"`{infinite[0]}` must be finite, got {getattr(self, infinite[0])}.")
+        check_finite(self, *weights, "discriminator_learning_rate")
         self.mask_ratio_at(0, 0)  # refuses a normal without mass between the bounds
         self._check_mixed_resolutions()
         self._check_auxiliary_decoders()
@@ -292,7 +296,7 @@ class TokenizerRecipe(OptimizationRecipe):
                 f"`mixed_resolutions` must contain `resolution`, got {sizes} and {self.resolution}: it is the size "
                 "that the model is built for and measured at."
             )
-        if weights and len(weights) != len(sizes):
+        if weights and len(sizes) > 1 and len(weights) != len(sizes):
             raise ValueError(
                 f"`mixed_resolution_weights` must have one weight for each of `mixed_resolutions`, got {weights} and "
                 f"{sizes}."
@@ -417,8 +421,8 @@ class TokenizerRecipe(OptimizationRecipe):
             leave("'cutout' is not in `diffaugment`", "diffaugment_cutout")
         if self.lecam_weight == 0:
             leave("`lecam_weight` is 0", "lecam_decay")
-        if not self.mixed_resolutions:
-            leave("`mixed_resolutions` is empty", "mixed_resolution_weights")
+        if len(self.mixed_resolutions) < 2:
+            leave("`mixed_resolutions` has fewer than two sizes", "mixed_resolution_weights")
         return unused
 
 
