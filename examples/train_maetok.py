@@ -175,7 +175,7 @@ class TokenizerTraining:
         # Data: micro-batches in an order that depends on the seed, not on processes, workers or restarts
         self.stream, self.unaugmented, self.held_out = open_data(recipe, options, self.accelerator)
         self.steps_per_epoch = self.stream.micro_batches_per_epoch // options.gradient_accumulation_steps
-        self.row_counts = RowCounts(self.run.sum)  # of this epoch
+        self.row_counts = RowCounts(self.run.sum)
 
         # Optimisers and the moving average, of parameters that may be sharded by now
         self.model, self.optimizer = self.accelerator.prepare(self.objective, recipe.make_optimizer(self.objective))
@@ -211,7 +211,7 @@ class TokenizerTraining:
             optimizers=optimizers,
         )
         if self.accelerator.is_main_process and "row_counts" in self.run.extra:
-            self.row_counts.add(self.run.extra["row_counts"])  # those of all processes
+            self.row_counts.load(self.run.extra["row_counts"])  # those of all processes
         self.accelerator.print(
             f"{self.tokenizer.num_parameters() / 1e6:.1f} M parameters, {self.stream.source.num_rows} images, "
             f"{self.steps_per_epoch} steps per epoch ({self.stream.num_dropped} images left out), "
@@ -247,8 +247,11 @@ class TokenizerTraining:
             if done % self.steps_per_epoch == 0:
                 epoch = done // self.steps_per_epoch
                 self.accelerator.print(f"Epoch {epoch} of the images is over: {self.row_counts.report()}")
+            elif run.leaving or done == recipe.max_train_steps:
+                epoch = done // self.steps_per_epoch + 1
+                self.accelerator.print(f"The run ends in epoch {epoch} of the images: {self.row_counts.describe()}")
             if save:
-                run.save(step, {"row_counts": self.row_counts.total()})
+                run.save(step, {"row_counts": self.row_counts.state()})
                 self.measure_latents(done)
             if not run.stopping:
                 self.examine(done, save)
@@ -403,10 +406,12 @@ class TokenizerTraining:
         if self.accelerator.is_main_process:
             export(output_dir, tokenizer.save_pretrained)
         metrics = None if self.held_out is None else self.validate(tokenizer, steps)
+        row_counts = self.row_counts.of_run()
         if self.accelerator.is_main_process:
             report = self.run.report() | {
                 "num_parameters": tokenizer.num_parameters(),
                 "given_tokenizer": self.given_digest,
+                "row_counts": row_counts,
                 "held_out": metrics,
                 "latents_mean": tokenizer.config.latents_mean,
                 "latents_std": tokenizer.config.latents_std,

@@ -164,7 +164,7 @@ class GeneratorTraining:
             )
             self.tokenizer.set_sample_size(recipe.resolution)  # the size of what the pipeline generates
         self.steps_per_epoch = self.stream.micro_batches_per_epoch // options.gradient_accumulation_steps
-        self.row_counts = RowCounts(self.run.sum)  # of this epoch
+        self.row_counts = RowCounts(self.run.sum)
 
         # Model, optimiser, moving average
         self.latent_shape = (self.tokenizer.latent_sequence_length, self.tokenizer.config.latent_channels)
@@ -209,7 +209,7 @@ class GeneratorTraining:
             optimizers=[self.optimizer],
         )
         if self.accelerator.is_main_process and "row_counts" in self.run.extra:
-            self.row_counts.add(self.run.extra["row_counts"])  # those of all processes
+            self.row_counts.load(self.run.extra["row_counts"])  # those of all processes
         self.accelerator.print(
             f"{self.transformer.num_parameters() / 1e6:.1f} M parameters, {source.num_rows} images of "
             f"{self.transformer.config.num_classes} classes, {self.steps_per_epoch} steps per epoch "
@@ -243,8 +243,11 @@ class GeneratorTraining:
             if done % self.steps_per_epoch == 0:
                 epoch = done // self.steps_per_epoch
                 self.accelerator.print(f"Epoch {epoch} is over: {self.row_counts.report()}")
+            elif run.leaving or done == recipe.max_train_steps:
+                epoch = done // self.steps_per_epoch + 1
+                self.accelerator.print(f"The run ends in epoch {epoch}: {self.row_counts.describe()}")
             if save:
-                run.save(step, {"row_counts": self.row_counts.total()})
+                run.save(step, {"row_counts": self.row_counts.state()})
             if not run.stopping:
                 self.examine(done, save)
             run.leave_if_asked(step)
@@ -382,9 +385,11 @@ class GeneratorTraining:
         if self.accelerator.is_main_process:
             export(output_dir, self.make_pipeline(transformer).save_pretrained)
         self.validate(transformer, steps)
+        row_counts = self.row_counts.of_run()
         if self.accelerator.is_main_process:
             report: dict[str, Any] = self.run.report() | {
                 "num_parameters": transformer.num_parameters(),
+                "row_counts": row_counts,
                 "given_tokenizer": self.tokenizer_digest,
                 "given_transformer": self.given_digest,
             }

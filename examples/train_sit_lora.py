@@ -133,7 +133,7 @@ class LoraTraining:
             require_labels=True,
         )
         self.steps_per_epoch = self.stream.micro_batches_per_epoch // options.gradient_accumulation_steps
-        self.row_counts = RowCounts(self.run.sum)  # of this epoch
+        self.row_counts = RowCounts(self.run.sum)
 
         # Classes of the images in the model, which may get new ones
         class_names, num_classes = source.columns.class_names, self.transformer.config.num_classes
@@ -186,7 +186,7 @@ class LoraTraining:
             optimizers=[self.optimizer],
         )
         if self.accelerator.is_main_process and "row_counts" in self.run.extra:
-            self.row_counts.add(self.run.extra["row_counts"])  # those of all processes
+            self.row_counts.load(self.run.extra["row_counts"])  # those of all processes
         self.accelerator.print(
             f"{self.adapter.num_parameters() / 1e6:.2f} of {self.transformer.num_parameters() / 1e6:.1f} M parameters "
             f"are trained, {source.num_rows} images, {self.steps_per_epoch} steps per epoch "
@@ -218,8 +218,11 @@ class LoraTraining:
                 report = self.row_counts.report()
                 if done == self.steps_per_epoch:  # those of a small folder are many and alike
                     self.accelerator.print(f"Epoch 1 is over: {report}")
+            elif run.leaving or done == recipe.max_train_steps:
+                epoch = done // self.steps_per_epoch + 1
+                self.accelerator.print(f"The run ends in epoch {epoch}: {self.row_counts.describe()}")
             if save:
-                run.save(step, {"row_counts": self.row_counts.total()})
+                run.save(step, {"row_counts": self.row_counts.state()})
             if not run.stopping:
                 self.examine(done, save)
             run.leave_if_asked(step)
@@ -336,9 +339,11 @@ class LoraTraining:
         if self.accelerator.is_main_process:
             export(output_dir, whole_copy(self.adapter, self.ema).save_pretrained)
         self.validate(steps)
+        row_counts = self.row_counts.of_run()
         if self.accelerator.is_main_process:
             report = self.run.report() | {
                 "num_parameters": self.adapter.num_parameters(),
+                "row_counts": row_counts,
                 "given_pipeline": self.given_digests,
                 "new_classes": self.new_names,
                 "trained_classes": sorted(set(self.class_of.tolist())),

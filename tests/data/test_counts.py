@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 
-from maetok_hf.data import COUNT_NAMES, HeldOutImages, StreamingImages, describe_counts, open_images
+from maetok_hf.data import COUNT_NAMES, HeldOutImages, RowCounts, StreamingImages, describe_counts, open_images
 from maetok_hf.data.counts import MAX_ROW_WARNINGS, RowWarnings, count_names
 from maetok_hf.data.transforms import HUGE_PIXELS, size_names
 
@@ -142,6 +142,22 @@ def test_counts_of_last_batches_that_are_left_out_whole_come_with_the_last_there
     batches = list(HeldOutImages(source, resolution=8, batch_size=2))
     assert [batch["indices"].tolist() for batch in batches] == [[0], [2, 3]]
     assert [describe_counts(batch["counts"]) for batch in batches] == ["1 corrupt", "3 corrupt"]
+
+
+def test_counts_of_a_run_outlast_its_reports_and_its_stops():
+    def processes(counts):
+        return 2 * counts  # two that have seen the same
+
+    counts = RowCounts(processes)
+    counts.add(count_names(["cmyk", "corrupt", "cmyk"]))
+    assert counts.describe() == counts.report() == "2 corrupt, 4 cmyk"
+    assert counts.describe() == "nothing unusual"
+    counts.add(count_names(["grayscale"]))
+    resumed = RowCounts(lambda counts: counts)
+    resumed.load(counts.state())
+    for each in (counts, resumed):
+        assert each.describe() == "2 grayscale"
+        assert each.of_run() == {"corrupt": 2, "grayscale": 2, "cmyk": 4}
 
 
 def test_counts_are_described_in_words():

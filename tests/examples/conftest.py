@@ -134,6 +134,17 @@ def data_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def odd_folder(tmp_path_factory):
+    """A folder of 20 JPEGs of 2 classes: 16 of them are grayscale, 4 are CMYK."""
+    folder = tmp_path_factory.mktemp("odd")
+    for index in range(20):
+        path = folder / "train" / ("one", "two")[index % 2] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.open(io.BytesIO(_png(index))).convert("CMYK" if index < 4 else "L").save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def recipes(tmp_path_factory):
     """Paths of the tiny recipes by name."""
     folder = tmp_path_factory.mktemp("recipes")

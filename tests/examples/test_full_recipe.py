@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -399,6 +400,51 @@ def test_held_out_images_that_cannot_be_used_do_not_end_the_run(run_here, recipe
     run_here("train_maetok", *flags, "--output_dir", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "train_report.json").read_text())["held_out"] is None
     assert "Held-out images after step 2: not one can be used" in caplog.text
+
+
+def test_what_a_short_run_does_not_do_is_said(run_here, recipes, base_flags, tmp_path, caplog, capsys):
+    flags = ["--recipe", recipes["tokenizer"], *base_flags, "--max_train_steps", "2", "--lr_warmup_steps", "0"]
+    flags += ["--validation_split", "test", "--validation_steps", "2", "--num_validation_images", "7"]
+    run_here("train_maetok", *flags, "--output_dir", tmp_path / "run")
+    assert "`validation_steps` = 2 has no effect: the run has 2 steps" in caplog.text
+    assert "`num_validation_images` is 7, but " in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "train_report.json").read_text())["held_out"]["num_images"] == 6
+
+
+@pytest.mark.parametrize("script", ["train_maetok", "train_sit"])
+def test_odd_images_are_reported_wherever_a_run_ends(
+    script, run_here, recipes, odd_folder, tokenizer_folder, tmp_path, capsys
+):
+    """2 steps of 8 images are an epoch of the 20: a run of 3 steps ends within its second one."""
+    recipe = recipes["tokenizer" if script == "train_maetok" else "sit"]
+    flags = ["--recipe", recipe, "--dataset_name", odd_folder, "--cache_dir", tmp_path / "cache"]
+    flags += [] if script == "train_maetok" else ["--tokenizer_name_or_path", tokenizer_folder]
+    flags += ["--max_train_steps", "3", "--lr_warmup_steps", "0"]
+
+    def stop_after_a_step(module):
+        (training,) = [value for name, value in vars(module).items() if name.endswith("Training")]
+        inner = training.micro_step
+
+        def micro_step(self, step, *arguments):
+            inner(self, step, *arguments)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        training.micro_step = micro_step
+
+    def reported(start):
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(start)]
+        return sum(int(number) for number in re.findall(r"(\d+) (?:grayscale|cmyk)", line))
+
+    run_here(script, *flags, "--output_dir", tmp_path / "whole")
+    assert reported("The run ends in epoch 2") == 8
+    with pytest.raises(SystemExit):
+        run_here(script, *flags, "--output_dir", tmp_path / "stopped", prepare=stop_after_a_step)
+    assert reported("The run ends in epoch 1") == 8
+    run_here(script, *flags, "--output_dir", tmp_path / "stopped")
+    assert reported("Epoch 1 ") == 16, "what was counted before the stop is in the report of the epoch"
+    reports = [json.loads((tmp_path / name / "train_report.json").read_text()) for name in ("whole", "stopped")]
+    assert reports[0]["row_counts"] == reports[1]["row_counts"]
+    assert reports[0]["row_counts"].keys() == {"grayscale", "cmyk"} and sum(reports[0]["row_counts"].values()) == 24
 
 
 def test_a_run_cannot_end_before_the_step_it_is_at(run_here, recipes, base_flags, tmp_path):

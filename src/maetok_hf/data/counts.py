@@ -57,33 +57,51 @@ def describe_counts(counts: torch.Tensor) -> str:
 
 class RowCounts:
     """
-    What was unusual about the rows since the last report, of this process until it is asked for all.
+    What was unusual about the rows of a run and of its part since the last report, of this process until it is asked
+    for all.
 
     Args:
         sum_over_processes (`Callable[[torch.Tensor], torch.Tensor]`): Sums an int64 tensor over all processes, each of
-            which must call `total` or `report` when another does.
+            which must call `state`, `describe`, `report` or `of_run` when another does.
     """
 
     def __init__(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]):
         self._sum = sum_over_processes
-        self._counts = torch.zeros(len(COUNT_NAMES), dtype=torch.int64)
+        self._counts = torch.zeros(2, len(COUNT_NAMES), dtype=torch.int64)  # since the last report, and before it
 
-    def add(self, counts: torch.Tensor | list[int]) -> None:
+    def add(self, counts: torch.Tensor) -> None:
         """
         Args:
-            counts (`torch.Tensor` or `list[int]`): The `counts` of a batch, or a `total` of an earlier run.
+            counts (`torch.Tensor`): The `counts` of a batch.
         """
-        self._counts += torch.as_tensor(counts)
+        self._counts[0] += counts
 
-    def total(self) -> list[int]:
-        """`list[int]`: The counts of all processes, for a checkpoint."""
+    def state(self) -> list[list[int]]:
+        """`list[list[int]]`: The counts of all processes, since the last report and before it, for a checkpoint."""
         return self._sum(self._counts).tolist()
 
+    def load(self, state: list[list[int]]) -> None:
+        """
+        Args:
+            state (`list[list[int]]`): The `state` of an earlier run, to be loaded by one process only.
+        """
+        self._counts += torch.tensor(state)
+
+    def describe(self) -> str:
+        """`str`: The counts of all processes since the last report in words, see [`describe_counts`]."""
+        return describe_counts(self._sum(self._counts)[0])
+
     def report(self) -> str:
-        """`str`: The counts of all processes in words, see [`describe_counts`]; they begin anew."""
-        total = torch.tensor(self.total())
-        self._counts.zero_()
-        return describe_counts(total)
+        """`str`: As [`~RowCounts.describe`]; they begin anew."""
+        words = self.describe()
+        self._counts[1] += self._counts[0]
+        self._counts[0] = 0
+        return words
+
+    def of_run(self) -> dict[str, int]:
+        """`dict[str, int]`: The counts of all processes in the whole run, by name, of what occurred at all."""
+        total = self._sum(self._counts).sum(0).tolist()
+        return {name: count for name, count in zip(COUNT_NAMES, total, strict=True) if count}
 
 
 class RowWarnings:

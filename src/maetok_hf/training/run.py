@@ -287,6 +287,11 @@ class TrainingRun:
         takes to save a checkpoint."""
         return bool(self._signal_number)
 
+    @property
+    def leaving(self) -> bool:
+        """`bool`: Whether [`~TrainingRun.leave_if_asked`] will end the process."""
+        return self.stopping or self._diverged
+
     def checkpoint(self, step: int) -> Path:
         """The folder of a checkpoint after `step` steps."""
         return self.output_dir / f"checkpoint-{step}"
