@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..training.recipes import parse_arguments, recipe_to_dict
+from ..training.recipes import load_recipe, parse_arguments, recipe_to_dict
 from ..training.run_options import SiTRunOptions, TokenizerRunOptions
 from ..training.sit_recipe import SiTRecipe
 from ..training.tokenizer_recipe import TokenizerRecipe
@@ -162,7 +162,9 @@ class Cell:
 
     def _training_words(self, recipe: str, steps: int, own: list[str], name: str, root: Path) -> list[str]:
         words = ["--recipe", recipe, *own, "--max_train_steps", str(steps)]
-        if steps < 500:  # to try out the machinery: a cosine that is all warm-up is refused
+        recipe_class = SiTRecipe if name == "generator" else TokenizerRecipe
+        warmup = load_recipe(recipe_class, self.recipes / f"{recipe}.yaml").lr_warmup_steps
+        if steps <= warmup:  # to try out the machinery: a cosine that is all warm-up is refused
             words += ["--lr_warmup_steps", "0"]
         if self.preset.precision != "no":
             words += ["--mixed_precision", self.preset.precision]

@@ -1,6 +1,7 @@
 """The images of a study, in memory: a few thousand small ones."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -79,9 +80,10 @@ def proportional_labels(counts: list[int], num_images: int) -> list[int]:
     """
     total, given, labels = sum(counts), [0] * len(counts), []
     for number in range(1, num_images + 1):
-        # exact, in integers: what each class lacks, times the total
-        missing = [number * count - total * done for count, done in zip(counts, given, strict=True)]
-        label = missing.index(max(missing))
+        # The quota method of Balinski and Young: of the classes that do not have their share yet, the one that is the
+        # first to lack a whole image. The one that lacks most would leave rare classes behind by more than an image.
+        lacking = [label for label, count in enumerate(counts) if total * given[label] < number * count]
+        label = min(lacking, key=lambda label: Fraction(given[label] + 1, counts[label]))
         given[label] += 1
         labels.append(label)
     return labels

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from .presets import PRESETS, Preset
@@ -71,7 +72,7 @@ class StudyOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.max_train_steps is not None and self.results_dir == "docs":
+        if self.max_train_steps is not None and Path(self.results_dir).resolve() == Path("docs").resolve():
             raise ValueError("`max_train_steps` needs another `results_dir` than that of the study, docs.")
         missing = [VARIANTS[name].base for name in self.variants if VARIANTS[name].base not in (None, *self.variants)]
         if missing:

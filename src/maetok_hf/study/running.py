@@ -121,7 +121,8 @@ class Study:
             print(describe_plan(self.cells, self.folders, self.options.num_threads))
             return
         if self.options.report_only:
-            self.report()
+            if self.report() is None:
+                raise ValueError(f"{' and '.join(map(str, self.folders.records))} have no records of this study.")
             return
         (self.root / self.preset.name).mkdir(parents=True, exist_ok=True)
         lock = RunLock(self.root / self.preset.name, patience=300.0)  # for an earlier study that is just ending
@@ -160,8 +161,9 @@ class Study:
             known["distance_of_held_out_images"] = measures.distance(*real)
             known = {"identity": facts, **known, "machine": machine(self.options.num_threads)}
         for folder in self.folders.records:
-            if not (folder / f"{name}.json").is_file() or read_record(folder / f"{name}.json", facts) != known:
-                save_classifier(classifier, folder / f"{name}.safetensors")
+            weights = folder / f"{name}.safetensors"
+            if not weights.is_file() or read_record(folder / f"{name}.json", facts) != known:
+                save_classifier(classifier, weights)
                 write_json(folder / f"{name}.json", known)
         print(f"The {preset.classifier} knows {known['held_out_accuracy']:.3f} of held-out images.", flush=True)
         return classifier.to(self.device)
@@ -299,14 +301,14 @@ class Study:
             for path in complete_checkpoints(cell.folder(self.root) / stage.name):
                 shutil.rmtree(path)
 
-    def report(self) -> None:
-        """Write the document from all records of this preset, also of other variants and seeds."""
+    def report(self) -> Path | None:
+        """Write the document from all records of this preset, also of other variants and seeds, if there are any."""
         everything = make_cells(self.preset, list(VARIANTS), self._all_seeds(), self.scripts / "recipes")
         records = [record for cell in everything if (record := self.folders.find_record(cell)) is not None]
         if self.classifier is not None:  # records of another one are to be replaced
             digests = {"data": self.data_digest, "classifier": self.classifier.digest}
             records = [record for record in records if digests.items() <= record["identity"].items()]
-        write_document(self.folders.results, self.preset, records)
+        return write_document(self.folders.results, self.preset, records)
 
     def _all_seeds(self) -> list[int]:
         """Seeds of which there are records, and those that are asked for."""
