@@ -245,10 +245,14 @@ def main() -> None:
     tokenizer, finetuned, generator = (output_dir / name for name in ("tokenizer", "tokenizer-finetuned", "generator"))
     images = ("--dataset_name", str(output_dir / "data"))
     held_out = ("--validation_split", "test")
+    # beside the threads that compute, it decodes the next images; these and their order stay the same
+    worker = ("--dataloader_num_workers", "1" if args.num_threads > 1 else "0")
     from_tokenizer = ("--pretrained_model_name_or_path", str(tokenizer))
     from_finetuned = ("--tokenizer_name_or_path", str(finetuned))
     stages = {
-        "tokenizer": train("train_maetok.py", TokenizerRecipe, "demo-tokenizer", tokenizer, args, *images, *held_out),
+        "tokenizer": train(
+            "train_maetok.py", TokenizerRecipe, "demo-tokenizer", tokenizer, args, *images, *held_out, *worker
+        ),
         "decoder": train(
             "train_maetok.py",
             TokenizerRecipe,
@@ -257,6 +261,7 @@ def main() -> None:
             args,
             *images,
             *held_out,
+            *worker,
             *from_tokenizer,
             tokenizer=tokenizer,
         ),
