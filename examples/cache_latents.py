@@ -64,6 +64,7 @@ from maetok_hf.training.latent_encoding import (
     encode_grid,
     encoder_digest,
     load_tokenizer,
+    resolve_commit,
     to_tokens,
 )
 from maetok_hf.training.latent_statistics import LatentStatistics, summarize_statistics
@@ -130,9 +131,9 @@ class LatentCaching:
         self.launcher = os.getppid()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(self.folder) if self.state.is_main_process else None
-        tokenizer = load_tokenizer(
-            options.tokenizer_name_or_path, options.tokenizer_subfolder, options.tokenizer_revision
-        )
+        address = (options.tokenizer_name_or_path, options.tokenizer_subfolder)
+        self.tokenizer_commit = resolve_commit(*address, options.tokenizer_revision)
+        tokenizer = load_tokenizer(*address, self.tokenizer_commit)
         self.encoder_digest = encoder_digest(tokenizer)
         self.tokenizer = tokenizer.to(self.state.device)
         self.source = open_images(
@@ -284,7 +285,7 @@ class LatentCaching:
                 "class": type(self.tokenizer).__name__,
                 "name_or_path": public_name(options.tokenizer_name_or_path),
                 "subfolder": options.tokenizer_subfolder,
-                "revision": options.tokenizer_revision,
+                "revision": self.tokenizer_commit,
                 "digest": self.encoder_digest,
             },
             "dataset": {

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 
 from maetok_hf.data import HeldOutImages, ImageRanges, StreamingLatents, open_images, open_latents, to_pixel_values
 from maetok_hf.training.latent_encoding import check_same_encoder, encode_tokens, load_tokenizer
+from tests.hub import Repository
 from tests.testing_utils import tiny_autoencoder
 
 
@@ -113,6 +114,20 @@ def test_latents_come_back_normalised_for_training(run_here, flags, tmp_path):
     assert values.shape == (40, 6, 4) and abs(values.mean()) < 0.1 and abs(values.std() - 1) < 0.1
     for batch in epoch:
         assert torch.equal(batch["class_labels"], batch["indices"] % 3)
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_tokenizer_on_the_hub_is_named_by_its_commit(revision, launch, flags, tokenizer_folder, tmp_path, hub):
+    hub.repositories["user/tokenizer"] = repository = Repository("user/tokenizer")
+    repository.commit("weights", {f"vae/{path.name}": path.read_bytes() for path in tokenizer_folder.iterdir()})
+    commit, folder = repository.sha, tmp_path / "out"
+    given = ["--tokenizer_name_or_path", "user/tokenizer", "--tokenizer_subfolder", "vae", "--output_dir", folder]
+    given += [] if revision is None else ["--tokenizer_revision", revision]
+    done = launch("cache_latents", *flags, *given)
+    assert done.returncode == 0, done.stdout
+    known = open_latents(folder).metadata["tokenizer"]
+    assert (known["name_or_path"], known["revision"]) == ("user/tokenizer", commit)
+    assert f"| tokenizer revision | {commit};" in (folder / "README.md").read_text()
 
 
 def test_a_changed_folder_of_images_does_not_continue_a_cache(run_here, tokenizer_folder, tmp_path):

@@ -11,6 +11,7 @@ from maetok_hf.training.latent_encoding import (
     encode_tokens,
     encoder_digest,
     load_tokenizer,
+    resolve_commit,
     to_tokens,
 )
 from tests.testing_utils import seeded_normal, tiny_autoencoder
@@ -124,6 +125,11 @@ def test_a_saved_tokenizer_is_loaded_by_the_class_in_its_config(case, images, tm
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     torch.testing.assert_close(encode_tokens(loaded, images), encode_tokens(tokenizer, images))
     assert encoder_digest(loaded) == encoder_digest(tokenizer)
+
+
+def test_a_local_tokenizer_has_the_revision_that_is_given(tmp_path):
+    assert resolve_commit(str(tmp_path)) is None
+    assert resolve_commit(str(tmp_path), revision="v1") == "v1"  # which loading refuses
 
 
 @torch.no_grad()

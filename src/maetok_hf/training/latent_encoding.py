@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderRAE, AutoModel, ModelMixin
 
+from ..models import AutoencoderMAE
+
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,25 @@ def load_tokenizer(name_or_path: str, subfolder: str | None = None, revision: st
         raise ValueError(f"`revision={revision!r}` has no meaning for the local folder {name_or_path}: remove it.")
     tokenizer = AutoModel.from_pretrained(name_or_path, subfolder=subfolder, revision=revision)
     return tokenizer.requires_grad_(False).eval()
+
+
+def resolve_commit(name_or_path: str, subfolder: str | None = None, revision: str | None = None) -> str | None:
+    """
+    The commit of a tokenizer on the Hub, so that what is written down still names it when the branch has moved on.
+
+    Args:
+        name_or_path (`str`): Folder or Hub repository.
+        subfolder (`str`, *optional*): Its folder in there.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; by default the main branch.
+
+    Returns:
+        `str` or `None`: The hash, to be loaded as the `revision`; of a local folder the given one.
+    """
+    if os.path.isdir(name_or_path):
+        return revision
+    place = {"subfolder": subfolder, "revision": revision}
+    # the configs of all models have the same name
+    return AutoencoderMAE.load_config(name_or_path, **place, return_commit_hash=True)[1] or revision
 
 
 def encode_tokens(tokenizer: ModelMixin, images: torch.Tensor) -> torch.Tensor:
