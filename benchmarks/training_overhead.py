@@ -186,7 +186,7 @@ def put_clocks(script: ModuleType, training: Any, clock: Clock, num_steps: int) 
     clock.wrap(training.model, "forward", "forward")
     put_optimizer_clocks(training.optimizer, clock)
     clock.wrap(training, "make_inputs", "batch and draws")
-    clock.wrap(script, "clip_grad_norm_", "clipping")
+    clock.wrap(script, "clip_gradients", "clipping")
     clock.wrap(training.run, "admit", "decision")
     clock.wrap(training.ema, "step", "moving average")
     for method in ("add", "advance"):

@@ -36,7 +36,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.nn.utils import clip_grad_norm_
 
 from maetok_hf.data import (
     HeldOutImages,
@@ -54,7 +53,7 @@ from maetok_hf.training.interruption import end_process
 from maetok_hf.training.latent_statistics import measure_latents
 from maetok_hf.training.masking import sample_masks
 from maetok_hf.training.model_card import write_model_card
-from maetok_hf.training.optim import create_ema, set_learning_rate
+from maetok_hf.training.optim import clip_gradients, create_ema, set_learning_rate
 from maetok_hf.training.recipes import parse_arguments
 from maetok_hf.training.run import TrainingRun
 from maetok_hf.training.run_options import TokenizerRunOptions
@@ -284,13 +283,13 @@ class TokenizerTraining:
         if judged:
             heads = list(self.discriminator.parameters())
             average_gradients(heads)
-            norms["discriminator_gradient_norm"] = clip_grad_norm_(heads, self.recipe.max_grad_norm)
+            norms["discriminator_gradient_norm"] = clip_gradients(heads, self.recipe.max_grad_norm)
             if self.optimizer.scaler is not None:
                 # The scaler skips by the tokenizer's gradients alone: one of them must show what is wrong with these.
                 finite = norms["discriminator_gradient_norm"].isfinite()
                 self.parameters[0].grad.mul_(torch.where(finite, 1.0, torch.nan))
         self.accelerator.unscale_gradients(self.optimizer)
-        norms["gradient_norm"] = clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
+        norms["gradient_norm"] = clip_gradients(self.parameters, self.recipe.max_grad_norm)
         self.run.admit(norms)
         self.optimizer.step()
         self.optimizer.zero_grad()

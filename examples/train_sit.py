@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from maetok_hf.data import (
     LatentSource,
@@ -59,7 +58,7 @@ from maetok_hf.training.generator_parts import make_flow_objective, make_transfo
 from maetok_hf.training.interruption import end_process
 from maetok_hf.training.latent_encoding import check_same_encoder, encode_tokens
 from maetok_hf.training.model_card import write_model_card
-from maetok_hf.training.optim import create_ema, set_learning_rate
+from maetok_hf.training.optim import clip_gradients, create_ema, set_learning_rate
 from maetok_hf.training.recipes import parse_arguments
 from maetok_hf.training.run import TrainingRun
 from maetok_hf.training.run_options import SiTRunOptions
@@ -267,7 +266,7 @@ class GeneratorTraining:
             norm = self.accelerator.clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
         else:
             self.accelerator.unscale_gradients(self.optimizer)
-            norm = clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)
+            norm = clip_gradients(self.parameters, self.recipe.max_grad_norm)
         self.run.admit({"gradient_norm": norm})
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from maetok_hf.data import ImageSource, RowCounts, StreamingImages, open_images, to_pixel_values
 from maetok_hf.models.latents import check_latent_statistics, normalize_latents
@@ -45,7 +44,7 @@ from maetok_hf.training.latent_encoding import encode_tokens
 from maetok_hf.training.lora import LoraAdapter, add_lora
 from maetok_hf.training.lora_recipe import LoraRecipe, LoraRunOptions
 from maetok_hf.training.model_card import write_model_card
-from maetok_hf.training.optim import create_ema, set_learning_rate
+from maetok_hf.training.optim import clip_gradients, create_ema, set_learning_rate
 from maetok_hf.training.recipes import parse_arguments
 from maetok_hf.training.run import TrainingRun
 from maetok_hf.training.sharding import whole_copy
@@ -239,7 +238,7 @@ class LoraTraining:
         if not self.accelerator.sync_gradients:
             return
         self.accelerator.unscale_gradients(self.optimizer)
-        self.run.admit({"gradient_norm": clip_grad_norm_(self.parameters, self.recipe.max_grad_norm)})
+        self.run.admit({"gradient_norm": clip_gradients(self.parameters, self.recipe.max_grad_norm)})
         self.optimizer.step()
         self.optimizer.zero_grad()
 

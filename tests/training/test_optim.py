@@ -7,6 +7,7 @@ from torch import nn
 from maetok_hf.models.autoencoder_mae import AutoencoderMAE
 from maetok_hf.models.transformer_sit import SiTTransformer1DModel
 from maetok_hf.training.optim import (
+    clip_gradients,
     create_ema,
     learning_rate_at,
     scale_learning_rate,
@@ -200,3 +201,20 @@ def test_matrices_with_spectral_norm_decay_like_others():
     layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv1d(3, 4, 5))
     decayed, undecayed = weight_decay_groups(layer, 0.1)
     assert [p.shape for p in decayed["params"]] == [(4, 3, 5)] and [p.shape for p in undecayed["params"]] == [(4,)]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 1.0, 30.0, math.inf, math.nan])
+def test_gradients_are_clipped_as_torch_does_and_small_ones_are_not_touched(scale):
+    found = []
+    for clip in (torch.nn.utils.clip_grad_norm_, clip_gradients):
+        parameters = list(tiny_transformer().parameters())
+        generator = torch.Generator().manual_seed(0)
+        gradients = [torch.randn(p.shape, generator=generator) for p in parameters]
+        norm = torch.nn.utils.get_total_norm(gradients[1:])
+        for parameter, gradient in zip(parameters[1:], gradients[1:], strict=True):
+            parameter.grad = gradient * (scale / norm)
+        before = [p.grad._version for p in parameters[1:]]
+        found.append([clip(parameters, 1.0), *(p.grad for p in parameters[1:])])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert (before == [p.grad._version for p in parameters[1:]]) == (scale < 1)

@@ -1,10 +1,12 @@
 """Optimisation around the objectives: weight-decay groups, learning-rate schedules and the moving average."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .sharding import ShardedEMAModel
@@ -46,6 +48,28 @@ def weight_decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str
         raise ValueError("`module` has no trainable parameter: every `requires_grad` is False.")
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """
+    Scale gradients down to a norm, with the result of torch's `clip_grad_norm_` bit for bit.
+
+    Gradients on the CPU that are small enough are not touched: there the norm can be looked at without waiting for a
+    device, and a multiplication by 1 costs more than the norm itself.
+
+    Args:
+        parameters (`Iterable[nn.Parameter]`): Parameters, some of which may have no gradient.
+        max_norm (`float`): Largest norm of all gradients together.
+
+    Returns:
+        `torch.Tensor`: The norm before, a scalar.
+    """
+    parameters = list(parameters)
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    on_cpu = type(norm) is torch.Tensor and norm.device.type == "cpu"  # not sharded
+    if not on_cpu or not max_norm / (norm + 1e-6) >= 1:  # the sum is torch's; a norm that is NaN is not passed over
+        clip_grads_with_norm_(parameters, max_norm, norm, foreach=True if on_cpu else None)
+    return norm
 
 
 def scale_learning_rate(learning_rate: float, batch_size: int, base_batch_size: int = 256) -> float:
