@@ -68,6 +68,12 @@ def make_options(image_folder, tokenizer_folders, tmp_path):
             "mixture_seeds": [0, 1],
             "output_dir": str(tmp_path / "out"),
         }
-        return AnalysisOptions(**settings | overrides)
+        chosen = settings | overrides
+        idle = set() if "mixtures" in chosen["parts"] else {"mixture_sizes", "mixture_seeds"}
+        if chosen["dataset"] is None:
+            idle |= {"cache_dir", "resolution", "batch_size"}
+        return AnalysisOptions(
+            **{name: value for name, value in chosen.items() if name not in idle - overrides.keys()}
+        )
 
     return make

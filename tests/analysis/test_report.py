@@ -9,7 +9,7 @@ from maetok_hf.analysis.run import run_analysis
 def latents(**more):
     images = {"train": 10, "held_out": 5}
     nothing = {"train": 0, "held_out": 1}
-    shape = {"shape": [6, 4], "resolution": 16, "class_names": None, "num_classes": 3}
+    shape = {"shape": [6, 4], "resolution": 16, "split": "train", "class_names": None, "num_classes": 3}
     return {"class": "Any", "encoder": "f" * 32} | {
         "latents": shape | {"num_images": images, "num_corrupt": nothing, "num_unlabeled": nothing}, **more
     }  # fmt: skip
@@ -44,12 +44,15 @@ def test_likelihoods_are_means_with_deviations_and_the_best_is_named(make_option
 
 
 def test_probes_that_did_not_converge_say_so(make_options):
-    probe = {"accuracy": 0.5, "top5_accuracy": 0.75, "cross_entropy": 1.0, "train_accuracy": 1.0}
+    probe = {"accuracy": 0.5, "top5_accuracy": 0.75, "cross_entropy": None, "num_unseen": 3, "train_accuracy": 1.0}
     probe |= {"converged": False, "gradient": 1e-3, "seconds": 2.0, "device": "cuda"}
     options = make_options(parts=["probe"])
     table = to_markdown(make_report(options, {"one": latents(probe=probe)}))
     assert cells(table, "linear probe, top 1 (%)") == ["50.00 (not converged: derivative 1.0e-03)"]
     assert cells(table, "linear probe, top 5 (%)") == ["75.00"]
+    assert cells(table, "linear probe, cross-entropy (nats)") == [
+        "infinite (3 images of classes without a training image)"
+    ]
     assert cells(table, "left out: corrupt, without a class") == ["1, 1"]
 
 
@@ -59,6 +62,11 @@ def test_protocol_names_what_the_numbers_depend_on(make_options):
     assert "48 training images" in data and "split test, 18 held-out images" in data and "seed 7" in data
     assert "l2 0.02" in probe and "(2 for all tokenizers" in mixtures and "full covariances" in mixtures
     assert "Effective rank" in rank
+    cached = make_options(parts=["mixtures"], dataset=None, split="train", held_out_split=None)
+    one = latents()
+    one["latents"]["split"] = "validation"
+    line = make_report(cached, {"one": one})["protocol"][0]
+    assert "split validation, 10 training images" in line and "cropped" not in line
     own = make_report(make_options(parts=["mixtures"], same_dimension=False), {"one": latents()})["protocol"][1]
     assert "cannot be compared" in own
 

@@ -187,7 +187,7 @@ def test_references_of_all_kinds_give_the_same_number(words, tmp_path, real):
     # a file that does not say of which network it is
     found = extractor(real)["pool"]
     np.savez(tmp_path / "adm.npz", mu=found.mean(dim=0).numpy(), sigma=np.cov(found.double().numpy().T))
-    with pytest.raises(ValueError, match="taken for Inception's, and `extractor` is 'tiny'"):
+    with pytest.raises(ValueError, match="taken for Inception's, and the extractor is 'tiny'"):
         evaluate_with(words, tmp_path, "e", reference=tmp_path / "adm.npz", metrics=("fid",))
 
 
@@ -264,6 +264,7 @@ def test_inception_score_needs_no_reference(words):
     [
         ({"samples": None}, "Give either `samples`"),
         ({"num_inference_steps": 3}, "`num_inference_steps` = 3 has no effect with `samples`"),
+        ({"metrics": ("inception_score",)}, "has no effect on 'inception_score', which compares with nothing"),
         ({"reference": None}, "`reference` is needed for all `metrics` but 'inception_score'"),
         ({"reference_split": "val"}, "`reference_split` = 'val' has no effect without `reference_resolution`"),
         ({"samples_split": "val"}, "`samples_split` = 'val' has no effect without `samples` and `samples_resolution`"),

@@ -182,3 +182,38 @@ def test_a_set_is_recognized_wherever_it_lies(tmp_path):
     assert identity(images[:19], "c.npz") != found
     assert identity(255 - images, "d.npz")["digest"] != found["digest"]
     assert image_set_identity(NpzImages(tmp_path / "a.npz", 1))["num_images"] == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "dataset"])
+def test_a_set_with_another_image_is_another_set_although_few_are_compared(tmp_path, kind):
+    """Of 200 images 8 are compared by their pixels; the one that changes is none of them."""
+    images = random_images(200)
+
+    def identity(pixels, name):
+        if kind == "npz":
+            np.savez(tmp_path / f"{name}.npz", pixels.permute(0, 2, 3, 1).numpy())
+            return image_set_identity(NpzImages(tmp_path / f"{name}.npz"))
+        folder = tmp_path / name / "train" / "a"
+        folder.mkdir(parents=True)
+        for index, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+            PIL.Image.fromarray(image).save(folder / f"{index:06d}.png")
+        if kind == "folder":
+            return image_set_identity(FolderImages(tmp_path / name))
+        source = open_images(str(tmp_path / name), split="train", use_labels=False, cache_dir=tmp_path / "counts")
+        return image_set_identity(DatasetImages(source, 12))
+
+    changed = images.clone()
+    changed[5] = 0
+    assert identity(images, "a") == identity(images, "b") != identity(changed, "c")
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set" / "own").mkdir(parents=True)
+    for folder in ("elsewhere", "set/own"):
+        PIL.Image.new("RGB", (4, 4)).save(tmp_path / folder / "0.tif")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert FolderImages(tmp_path / "set").files == ["linked/0.tif", "own/0.tif"]
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    with pytest.raises(ValueError, match="twice, by links"):
+        FolderImages(tmp_path / "set")

@@ -25,7 +25,8 @@ def settings(**values):
 
 def test_line_states_every_condition(extractor):
     values = settings(guidance_scale=1.9, guidance_interval=(0.0, 0.5), dtype="bfloat16", rounding="truncate")
-    protocol = EvaluationProtocol.of(extractor, "train set", 12, 100, values)
+    known = {"images": "a folder", "size": "32 x 32", "crop": "none", "kid_subsets": "100 of 10"}
+    protocol = EvaluationProtocol.of(extractor, "train set", 12, 100, values, **known)
     line = protocol.line()
     for part in (
         "extractor tiny;",
@@ -34,6 +35,9 @@ def test_line_states_every_condition(extractor):
         "reference train set;",
         "num images 12;",
         "num reference images 100;",
+        "size 32 x 32; crop none; kid subsets 100 of 10;",
+        "weights vae ",
+        "seed 0;",
         "labels balanced, all classes of",
         "sampler FlowMatch",
         "num inference steps 3;",

@@ -67,6 +67,14 @@ def test_fid_keeps_the_digits_of_float64(load):
     assert load("fid").compute(predictions=moved, references=rows)["fid"] == pytest.approx(0.125**2, rel=1e-6)
 
 
+def test_statistics_of_no_known_network_are_not_compared_with_those_of_another(load, tmp_path):
+    found = moments(REAL)
+    np.savez(tmp_path / "adm.npz", mu=found.mean.numpy(), sigma=found.covariance.numpy())
+    fid = load("fid", extractor=TinyExtractor())
+    with pytest.raises(ValueError, match="taken for Inception's, and the extractor is 'tiny'"):
+        fid.compute(predictions=random_images(4), reference_statistics=str(tmp_path / "adm.npz"))
+
+
 def test_fid_against_a_file_of_statistics(load, tmp_path):
     save_moments(tmp_path / "reference.npz", {"pool": moments(REAL)}, {"extractor": "other"})
     fid = load("fid")

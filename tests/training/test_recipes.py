@@ -393,6 +393,13 @@ def test_every_field_has_one_flag_with_its_docstring_entry_as_help(cls):
     parser.format_help()
 
 
+def test_help_names_defaults_where_no_file_gives_others():
+    parser = make_parser()
+    add_flags(parser, RunOptions, "settings", defaults=True)
+    helps = {action.dest: action.help for action in parser._actions}
+    assert helps["seed"].endswith(" Default: 0.") and helps["output_dir"].endswith(" Required.")
+
+
 def test_flag_that_is_not_typed_is_not_given():
     parser = make_parser()
     add_flags(parser, RunOptions, "run")

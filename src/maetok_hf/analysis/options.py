@@ -1,13 +1,28 @@
 """What `maetok-analyze` is asked for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from ..training.configuration import refuse_effectless
 from .curve import MixtureSettings
 
 
 HELD_OUT_SHARE = 0.1
 LABELED_PARTS = ("probe", "umap")
+MIXTURE_PREFIXES = ("mixture_", "same_dimension", "num_dimensions")
+# of images that are encoded here: caches of latents have their own
+ENCODING_OPTIONS = (
+    "dataset_config_name",
+    "dataset_revision",
+    "split",
+    "image_column",
+    "label_column",
+    "cache_dir",
+    "resolution",
+    "batch_size",
+    "dataloader_num_workers",
+    "latents_dtype",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +168,7 @@ class AnalysisOptions:
             raise ValueError(f"`names` must be one for each of {len(self.tokenizer)} tokenizers, got {self.names}.")
         self._check_ranges()
         self._check_held_out()
+        self._check_effects()
         if self.num_dimensions is not None and not self.same_dimension:
             raise ValueError("`num_dimensions` gives all tokenizers the same dimension: remove `same_dimension`.")
 
@@ -186,6 +202,16 @@ class AnalysisOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
                 raise ValueError(f"`{name}` must lie in (0, 1), got {value}.")
+
+    def _check_effects(self) -> None:
+        names = [entry.name for entry in fields(self)]
+        for part, prefixes in (("probe", ("probe_",)), ("mixtures", MIXTURE_PREFIXES), ("umap", ("umap_",))):
+            if part not in self.parts:
+                # the spectrum has the number of dimensions of this share of the variance
+                own = [name for name in names if name.startswith(prefixes) and name != "mixture_variance"]
+                refuse_effectless(self, own, f"without {part!r} among `parts`")
+        if self.dataset is None:
+            refuse_effectless(self, ENCODING_OPTIONS, "without `dataset`, whose images are encoded")
 
     def _check_held_out(self) -> None:
         if self.held_out_share is None:

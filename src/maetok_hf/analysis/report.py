@@ -80,9 +80,10 @@ def _data_line(options: AnalysisOptions, latents: Result) -> str:
     held = (
         f"split {options.held_out_split}" if options.held_out_split else f"a share of it drawn by seed {options.seed}"
     )
+    crop = "as their latents were cached" if options.dataset is None else "cropped at the centre"
     return (
-        f"Data: {describe_images(options)}, split {options.split}, {train} training images; {held}, {held_out} "
-        f"held-out images; draws by seed {options.seed}; cropped at the centre. "
+        f"Data: {describe_images(options)}, split {latents['split']}, {train} training images; {held}, {held_out} "
+        f"held-out images; draws by seed {options.seed}; {crop}. "
         "Latents: what `encode` gives, of a Gaussian posterior its mode, raw; "
         "shift and common scale change no number but those of single channels."
     )
@@ -153,6 +154,13 @@ def _percent(value: float | None) -> str:
     return ABSENT if value is None else f"{100 * value:.2f}"
 
 
+def _cross_entropy(result: Result) -> str:
+    probe = result["probe"]
+    if probe["cross_entropy"] is not None:
+        return f"{probe['cross_entropy']:.4f}"
+    return f"infinite ({probe['num_unseen']} images of classes without a training image)"
+
+
 def _probe_note(probe: Result) -> str:
     return "" if probe["converged"] else f" (not converged: derivative {probe['gradient']:.1e})"
 
@@ -167,7 +175,7 @@ _ROWS: list[tuple[str, str, Callable[[Result], str]]] = [
     ("left out: corrupt, without a class", "latents", lambda r: _left_out(r["latents"])),
     ("linear probe, top 1 (%)", "probe", lambda r: _percent(r["probe"]["accuracy"]) + _probe_note(r["probe"])),
     ("linear probe, top 5 (%)", "probe", lambda r: _percent(r["probe"]["top5_accuracy"])),
-    ("linear probe, cross-entropy (nats)", "probe", lambda r: f"{r['probe']['cross_entropy']:.4f}"),
+    ("linear probe, cross-entropy (nats)", "probe", _cross_entropy),
     ("linear probe, training top 1 (%)", "probe", lambda r: _percent(r["probe"]["train_accuracy"])),
     ("linear probe, time (s)", "probe", lambda r: f"{r['probe']['seconds']:.1f} on {r['probe']['device']}"),
     ("effective rank of the latents", "channels", lambda r: _rank(r["spectrum"], r["spectrum"]["num_features"])),

@@ -24,6 +24,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -54,7 +55,7 @@ from .umap_picture import project_umap
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REPORT_FILE = "analysis.json"
 MARKDOWN_FILE = "analysis.md"
 SECONDS_BETWEEN_REPORTS = 10.0
@@ -208,6 +209,7 @@ class SubjectAnalysis:
             "shape": list(self.subject.shape),
             "dtype": str(self.subject.dtype).removeprefix("torch."),
             "resolution": self.subject.resolution,
+            "split": self.subject.split,
             "num_images": {side: file.num_rows for side, file in files.items()},
             "num_unlabeled": {side: file.num_unlabeled for side, file in files.items()},
             "num_corrupt": {
@@ -265,10 +267,14 @@ class SubjectAnalysis:
         probe = fit_linear_probe(train.latents, train.labels, num_classes, device=self.device, **settings)
         seconds = time.perf_counter() - start
         logger.info("%s: linear probe, %d iterations in %.1f s.", self.name, probe.iterations, seconds)
+        unseen = ~torch.isin(held_out.labels, train.labels)
+        cross_entropy = probe.cross_entropy(held_out.latents, held_out.labels)
         return {
             "accuracy": probe.accuracy(held_out.latents, held_out.labels),
             "top5_accuracy": probe.accuracy(held_out.latents, held_out.labels, 5) if num_classes > 5 else None,
-            "cross_entropy": probe.cross_entropy(held_out.latents, held_out.labels),
+            # infinite, which JSON cannot say, if a class has no training image
+            "cross_entropy": cross_entropy if math.isfinite(cross_entropy) else None,
+            "num_unseen": int(unseen.sum()),
             "train_accuracy": probe.accuracy(train.latents, train.labels),
             "iterations": probe.iterations,
             "converged": probe.converged,

@@ -108,6 +108,7 @@ class EncodedImages:
         self.shape: tuple[int, int] = tuple(encode_tokens(tokenizer, empty).shape[1:])
         self.digest, self.class_name = encoder_digest(tokenizer), type(tokenizer).__name__
         self.rows, self.class_names, self.has_labels = data.rows, data.class_names, data.has_labels
+        self.split: str | None = options.split
         self.dtype: torch.dtype = getattr(torch, options.latents_dtype)
         self.resolution = options.resolution
 
@@ -212,7 +213,7 @@ class CachedLatents:
         self.class_names = self.source.columns.class_names
         self.has_labels = metadata["num_unlabeled"] < metadata["num_rows"]
         self.dtype: torch.dtype = getattr(torch, metadata["dtype"])
-        self.resolution = metadata.get("resolution")
+        self.resolution, self.split = metadata.get("resolution"), metadata.get("split")
         if data is not None:
             self._check_same_images(data, options.split)
         self.rows = draw_rows(options, self.num_images) if data is None else data.rows

@@ -38,7 +38,7 @@ def parse_words(prog: str, description: str, cls: type[T], words: Sequence[str] 
     parser = argparse.ArgumentParser(
         prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
-    add_flags(parser, cls, "options")
+    add_flags(parser, cls, "options", defaults=True)
     try:
         return build(cls, given_flags(parser.parse_args(words), cls))
     except ValueError as error:

@@ -17,15 +17,17 @@ from ..evaluation import (
     ImageReader,
     save_moments,
 )
+from ..evaluation.distances import NUM_KID_SUBSETS
 from ..evaluation.extractors import extractor_identity, load_extractor
 from ..evaluation.feature_run import FEATURES_FILE, FeatureRun
 from ..evaluation.image_sets import image_set_identity, open_image_set
 from ..evaluation.options import GenerationScoreOptions, ScoreOptions
 from ..evaluation.pipeline_images import PipelineImages
-from ..evaluation.protocol import without_folders
+from ..evaluation.protocol import CENTER_CROP, without_folders
 from ..evaluation.reference import DEFAULT_SPLIT, Reference, open_reference
 from ..evaluation.scores import (
     LABELS,
+    check_counts,
     check_layers,
     compute_scores,
     needed_reference_layers,
@@ -72,6 +74,7 @@ class ReferenceRun:
 
     Attributes:
         identity: What scores depend on, in plain values.
+        num_images: Its images, if that is known.
 
     Raises:
         ValueError: If there is nothing to compare with, or it lacks what a metric needs.
@@ -84,6 +87,7 @@ class ReferenceRun:
         self.needed = needed_reference_layers(options.metrics)
         self.reference = open_reference(options, extractor)
         self.identity = self.reference.identity
+        self.num_images = self.reference.num_images
         statistics, features = self.reference.missing(*self.needed)
         self.run: FeatureRun | None = None
         if not (statistics or features):
@@ -192,6 +196,8 @@ class GenerationEvaluation:
         self.reference = None
         if any(needed_reference_layers(options.metrics)):
             self.reference = ReferenceRun(options, self.extractor, layers, processes)
+        num_reference = None if self.reference is None else self.reference.num_images
+        check_counts(options.metrics, len(self.images), num_reference, options.kid_subset_size)
         # All layers that there are: another metric of the same images then needs neither network nor images.
         statistics = [name for name in ("pool", "spatial") if name in layers]
         kept = [name for name in ("pool", "logits") if name in layers]
@@ -204,8 +210,8 @@ class GenerationEvaluation:
         Score this process' share of the images; on the main process wait for the others and write the report.
 
         Returns:
-            `dict[str, Any]`, *optional*: On the main process, the numbers as `results` and the conditions as
-            `protocol`.
+            `dict[str, Any]`, *optional*: On the main process, the numbers as `results`, the conditions as `protocol`,
+            and all settings of the sampling as `settings`, if they are known.
         """
         options, stop = self.options, self.processes.stop
         self.run.collect(self.images, self.extractor, options.batch_size, stop=stop)
@@ -223,7 +229,7 @@ class GenerationEvaluation:
             kid_subset_size=options.kid_subset_size,
             device=self.processes.metric_device,
         )
-        report = {"results": results, "protocol": self._protocol().to_dict()}
+        report = {"results": results, "protocol": self._protocol().to_dict(), "settings": self.settings}
         self._save_statistics(generated)
         write_json(self.folder / REPORT_FILE, report)
         return report
@@ -250,21 +256,44 @@ class GenerationEvaluation:
         return image_set_identity(self.images)
 
     def _protocol(self) -> EvaluationProtocol:
-        reference, count = ("none", None) if self.reference is None else self.reference.describe()
-        return EvaluationProtocol.of(
-            self.extractor,
-            reference,
-            len(self.images),
-            count,
-            self.settings,
-            images=without_folders(self.images.description),
-        )
+        return protocol_of(self.options, self.extractor, self.reference, self.images, self.settings)
 
     def _save_statistics(self, generated: FeatureCollector) -> None:
         """The statistics of these images alone, a small file that may be the reference of others."""
         statistics = {name: generated.moments(name) for name in generated.layers[0]}
         identity = extractor_identity(self.extractor) | {"images": self._identity()}
         save_moments(self.folder / STATISTICS_FILE, statistics, identity)
+
+
+def protocol_of(
+    options: ScoreOptions,
+    extractor: FeatureExtractor,
+    reference: ReferenceRun | None,
+    images: ImageReader,
+    settings: Mapping[str, Any] | None,
+) -> EvaluationProtocol:
+    """
+    Under which conditions images were scored, on the main process, at the end.
+
+    Args:
+        options ([`ScoreOptions`]): What was asked for.
+        extractor ([`FeatureExtractor`]): What gave features.
+        reference ([`ReferenceRun`], *optional*): What the images were compared with.
+        images ([`ImageReader`]): The images.
+        settings (`Mapping[str, Any]`, *optional*): How they were sampled, if that is known.
+
+    Returns:
+        [`EvaluationProtocol`]: For reports.
+    """
+    description, count = ("none", None) if reference is None else reference.describe()
+    subsets = f"{NUM_KID_SUBSETS} of {options.kid_subset_size}" if "kid_subsets" in options.metrics else "none"
+    return EvaluationProtocol.of(
+        *(extractor, description, len(images), count, settings),
+        images=without_folders(images.description),
+        size=" x ".join(map(str, image_size(images)[1:])),
+        crop=CENTER_CROP if isinstance(images, DatasetImages) else "none",
+        kid_subsets=subsets,
+    )
 
 
 def image_size(images: ImageReader) -> tuple[int, ...]:

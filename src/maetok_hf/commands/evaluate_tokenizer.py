@@ -18,10 +18,10 @@ from ..evaluation import (
     open_image_set,
     save_moments,
 )
-from ..evaluation.extractors import extractor_identity
+from ..evaluation.extractors import extractor_identity, weights_digest
 from ..evaluation.feature_run import FeatureRun
 from ..evaluation.image_sets import image_set_identity
-from ..evaluation.protocol import without_folders
+from ..evaluation.protocol import CENTER_CROP, DIGEST_LENGTH, without_folders
 from ..evaluation.reconstruction import (
     ORIGINAL,
     SCORES,
@@ -120,11 +120,12 @@ class TokenizerEvaluation:
         )
         self.identity = image_set_identity(self.images)
         self.reference = self._read_reference()
-        self.protocol = self._protocol(tokenizer)
+        perceptual = None if options.lpips is None else PerceptualLoss.from_pretrained(options.lpips)
+        self.protocol = self._protocol(tokenizer, perceptual)
         self.features = TokenizerFeatures(
             tokenizer.to(device, getattr(torch, options.dtype)),
             self.extractor,
-            None if options.lpips is None else PerceptualLoss.from_pretrained(options.lpips).to(device),
+            None if perceptual is None else perceptual.to(device),
             options.rounding,
             originals=self.reference is None,
             authors_ssim=options.authors_ssim,
@@ -182,9 +183,9 @@ class TokenizerEvaluation:
             )
         return moments["pool"]
 
-    def _protocol(self, tokenizer: Any) -> ReconstructionProtocol:
+    def _protocol(self, tokenizer: Any, perceptual: PerceptualLoss | None) -> ReconstructionProtocol:
         options, extractor = self.options, self.extractor
-        crop = "none" if options.images is not None else "resized and cropped at the centre as ADM does"
+        crop = "none" if options.images is not None else CENTER_CROP
         return ReconstructionProtocol(
             tokenizer=f"{type(tokenizer).__name__} {public_name(options.tokenizer_name_or_path)}",
             tokenizer_digest=model_digest(tokenizer),
@@ -199,7 +200,7 @@ class TokenizerEvaluation:
             extractor="none" if extractor is None else extractor.name,
             extractor_digest="none" if extractor is None else extractor.digest,
             resize="none" if extractor is None else extractor.resize,
-            lpips=options.lpips or "none",
+            lpips="none" if perceptual is None else f"{options.lpips} {weights_digest(perceptual)[:DIGEST_LENGTH]}",
         )
 
 

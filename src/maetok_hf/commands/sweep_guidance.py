@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,18 @@ from ..evaluation.extractors import extractor_identity
 from ..evaluation.feature_run import FeatureRun
 from ..evaluation.options import SweepOptions, generate_options
 from ..evaluation.pipeline_images import PipelineImages
-from ..evaluation.protocol import without_folders
-from ..evaluation.scores import LABELS, check_layers, compute_scores, needed_layers, needed_reference_layers
+from ..evaluation.scores import (
+    LABELS,
+    check_counts,
+    check_layers,
+    compute_scores,
+    needed_layers,
+    needed_reference_layers,
+)
 from ..sampling import load_pipeline
 from ..training.checkpointing import write_json, write_text
 from .command_line import parse_words, run_evaluation, table
-from .evaluate_generation import KEY_LENGTH, ReferenceRun, layers_of, open_extractor
+from .evaluate_generation import KEY_LENGTH, ReferenceRun, layers_of, open_extractor, protocol_of
 from .processes import Processes
 
 
@@ -112,6 +119,8 @@ class GuidanceSweep:
         self.reference = None
         if any(needed_reference_layers(options.metrics)):
             self.reference = ReferenceRun(options, self.extractor, layers, processes)
+        num_reference = None if self.reference is None else self.reference.num_images
+        check_counts(options.metrics, options.num_images, num_reference, options.kid_subset_size)
         self.records: dict[Cell, dict[str, Any]] = {}
         self.runs: dict[Cell, FeatureRun] = {}
         for cell in self.cells:
@@ -164,11 +173,8 @@ class GuidanceSweep:
             kid_subset_size=options.kid_subset_size,
             device=self.processes.metric_device,
         )
-        name, count = ("none", None) if self.reference is None else self.reference.describe()
         images = self.images[cell]
-        protocol = EvaluationProtocol.of(
-            *(self.extractor, name, len(images), count, images.settings), images=without_folders(images.description)
-        )
+        protocol = protocol_of(options, self.extractor, self.reference, images, images.settings)
         record = {"results": results, "protocol": protocol.to_dict()}
         write_json(self._place(cell) / "record.json", {"identity": self._record_identity(cell), **record})
         run.remove()
@@ -178,6 +184,7 @@ class GuidanceSweep:
         path = self._place(cell) / "record.json"
         if not path.is_file():
             return None
+        shutil.rmtree(path.with_name("features"), ignore_errors=True)  # of a run that was killed after its record
         record = json.loads(path.read_text(encoding="utf-8"))
         return {name: record[name] for name in ("results", "protocol")}
 

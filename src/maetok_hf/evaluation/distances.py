@@ -7,6 +7,7 @@ from .extras import needing
 from .statistics import Moments
 
 
+NUM_KID_SUBSETS = 100
 # of the kernel distance: a block of 2048 x 2048 takes 34 MB in float64
 CHUNK_SIZE = 2048
 # of precision and recall: bytes of one block of distances
@@ -96,7 +97,7 @@ def _kernel_diagonal(features: torch.Tensor, chunk_size: int) -> float:
 def kernel_distance_of_subsets(
     first: torch.Tensor,
     second: torch.Tensor,
-    num_subsets: int = 100,
+    num_subsets: int = NUM_KID_SUBSETS,
     subset_size: int = 1000,
     seed: int = 2020,
     device: torch.device | str = "cpu",

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .extras import needing
+from .statistics import Moments, load_moments
 
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -267,6 +268,30 @@ def extractor_identity(extractor: FeatureExtractor) -> dict[str, str]:
         `dict[str, str]`: Plain values.
     """
     return {"extractor": extractor.name, "extractor_digest": extractor.digest, "resize": extractor.resize}
+
+
+def load_statistics(path: str | Path, extractor: FeatureExtractor) -> dict[str, Moments]:
+    """
+    Read the statistics of features that an extractor gave.
+
+    Args:
+        path (`str` or `Path`): A file of [`save_moments`], or a reference file of ADM's suite.
+        extractor ([`FeatureExtractor`]): The features must be its own; those of a file that does not say so, as ADM's
+            does not, are taken for Inception's.
+
+    Returns:
+        `dict[str, Moments]`: By layer.
+
+    Raises:
+        ValueError: If the file holds no statistics, or those of another network.
+    """
+    known, protocol = load_moments(path, extractor_identity(extractor))
+    if protocol is None and not isinstance(extractor, InceptionExtractor):
+        raise ValueError(
+            f"{os.fspath(path)} does not say of which network its statistics are: they are taken for Inception's, and "
+            f"the extractor is {extractor.name!r}. Give images, or statistics that an evaluation has written."
+        )
+    return known
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -17,9 +17,10 @@ import torch
 
 from ..data import CorruptImageError, ImageRanges, ImageSource
 from ..data.sources import decode_image
+from ..training.checkpointing import data_identity
 
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 NUM_THREADS = 8
 # of the header of an entry in a zip archive: where the lengths of its name and its extra field are, and its own length
 ZIP_LENGTHS, ZIP_HEADER = 26, 30
@@ -92,6 +93,15 @@ class ImageReader(abc.ABC):
         return self.num_images
 
     @abc.abstractmethod
+    def listing(self) -> Iterator[Any]:
+        """
+        What tells this set from another one besides some of its pixels, at little cost.
+
+        Returns:
+            `Iterator[Any]`: Plain values.
+        """
+
+    @abc.abstractmethod
     def read(self, rows: range) -> torch.Tensor:
         """
         Consecutive images.
@@ -155,6 +165,9 @@ class FolderImages(ImageReader):
         super().__init__(f"folder {self.folder}", len(self.files), num_images)
         self._size = self._decode(self.files[0]).shape
 
+    def listing(self) -> Iterator[Any]:
+        return ((name, (self.folder / name).stat().st_size) for name in self.files[: self.num_images])
+
     def read(self, rows: range) -> torch.Tensor:
         images = torch.empty(len(rows), *self._size, dtype=torch.uint8)
         with ThreadPoolExecutor(min(NUM_THREADS, len(rows))) as pool:
@@ -177,7 +190,12 @@ class FolderImages(ImageReader):
 
 
 def _image_files(folder: Path) -> Iterator[str]:
-    for root, folders, files in os.walk(folder):
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(root)
+        if place in seen:  # a link to a folder that holds it, or a second one to the same folder
+            raise ValueError(f"{folder} leads to {place} twice, by links: remove one of them.")
+        seen.add(place)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
@@ -214,6 +232,7 @@ class NpzImages(ImageReader):
         self._shape = _read_header(path, self._packed)
         self._offset = self._packed.tell()
         info = archive.getinfo(NPZ_ENTRY)
+        self._checksum = info.CRC
         if info.compress_type == zipfile.ZIP_STORED:
             self._packed.close()
             self._packed = None
@@ -225,6 +244,9 @@ class NpzImages(ImageReader):
         with open(self.path, "rb") as file:
             file.seek(info.header_offset + ZIP_LENGTHS)
             return info.header_offset + ZIP_HEADER + sum(struct.unpack("<HH", file.read(4)))
+
+    def listing(self) -> Iterator[Any]:
+        yield self._checksum  # of all images, from the directory of the archive
 
     def read(self, rows: range) -> torch.Tensor:
         size = int(np.prod(self._shape[1:]))
@@ -266,6 +288,9 @@ class DatasetImages(ImageReader):
     def __init__(self, source: ImageSource, resolution: int, num_images: int | None = None, num_workers: int = 0):
         super().__init__(source.description, source.num_rows, num_images)
         self.source, self.resolution, self.num_workers = source, resolution, num_workers
+
+    def listing(self) -> Iterator[Any]:
+        yield data_identity(self.source)["digest"]
 
     def read(self, rows: range) -> torch.Tensor:
         return next(self._read_ranges([rows], len(rows), num_workers=0))
@@ -311,8 +336,8 @@ def open_image_set(path: str | Path, num_images: int | None = None) -> ImageRead
 
 def image_set_identity(images: ImageReader) -> dict[str, Any]:
     """
-    What makes a set of images the same one, wherever it lies: the number and size of its images, and the pixels of
-    some of them.
+    What makes a set of images the same one, wherever it lies: the number and size of its images, the names and sizes
+    of its files or the checksum of the whole, and the pixels of some images.
 
     Args:
         images ([`ImageReader`]): The set.
@@ -325,4 +350,6 @@ def image_set_identity(images: ImageReader) -> dict[str, Any]:
     for row in rows:
         image = images.read(range(row, row + 1))
         digest.update(image.numpy().tobytes())
+    for entry in images.listing():
+        digest.update(repr(entry).encode())
     return {"num_images": len(images), "size": list(image.shape[2:]), "digest": digest.hexdigest()}

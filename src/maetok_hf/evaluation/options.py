@@ -1,9 +1,10 @@
 """What `evaluate_generation` and `sweep_guidance` are asked for."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..sampling.options import GenerateOptions, GuidanceOptions, SamplingOptions
+from ..training.configuration import refuse_effectless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,11 @@ class ScoreOptions:
             raise ValueError(f"`kid_subset_size` must be at least 2, got {self.kid_subset_size}.")
         if self.reference is None and self.metrics != ["inception_score"]:
             raise ValueError("`reference` is needed for all `metrics` but 'inception_score': name a file or folder.")
+        if self.metrics == ["inception_score"]:
+            names = [entry.name for entry in fields(ScoreOptions) if entry.name.startswith("reference")]
+            refuse_effectless(self, names, "on 'inception_score', which compares with nothing")
         if self.reference_resolution is None:
-            _refuse_effectless(
+            refuse_effectless(
                 self,
                 ("reference_split", "reference_config_name", "reference_num_workers"),
                 "without `reference_resolution`, by which `reference` is read as a data set",
@@ -122,10 +126,10 @@ class GenerationScoreOptions(ScoreOptions, GuidanceOptions, SamplingOptions):
         if self.samples is not None:
             names = [field.name for base in (SamplingOptions, GuidanceOptions) for field in fields(base)]
             names = [name for name in names if name not in ("num_images", "batch_size")]
-            _refuse_effectless(self, names, "with `samples`, which are there")
+            refuse_effectless(self, names, "with `samples`, which are there")
         if self.samples is None or self.samples_resolution is None:
             names = ("samples_split",) if self.samples is not None else ("samples_resolution", "samples_split")
-            _refuse_effectless(self, names, "without `samples` and `samples_resolution`, by which they are a data set")
+            refuse_effectless(self, names, "without `samples` and `samples_resolution`, by which they are a data set")
         SamplingOptions.__post_init__(self)
         ScoreOptions.__post_init__(self)
 
@@ -210,13 +214,3 @@ def _interval(word: str) -> tuple[float, float]:
     except ValueError:
         pass
     raise ValueError(f"`guidance_intervals` must be like 0,0.75: two times in [0, 1], the lower first, got {word!r}.")
-
-
-def _refuse_effectless(options: Any, names: Any, where: str) -> None:
-    """Refuse options that are given and would be ignored."""
-    for entry in fields(options):
-        if entry.name not in names:
-            continue
-        default = entry.default_factory() if entry.default is MISSING else entry.default
-        if getattr(options, entry.name) != default:
-            raise ValueError(f"`{entry.name}` = {getattr(options, entry.name)!r} has no effect {where}: remove it.")

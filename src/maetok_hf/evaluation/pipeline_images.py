@@ -56,6 +56,9 @@ class PipelineImages(ImageReader):
         height, width, channels = image_shape(self.pipe)
         return channels, height, width
 
+    def listing(self) -> Iterator[Any]:
+        yield self.settings
+
     def read(self, rows: range) -> torch.Tensor:
         images = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
         for batch in split_into_batches(self.num_images, self.options.batch_size, rows):

@@ -10,6 +10,7 @@ from .extractors import FeatureExtractor, extractor_identity
 
 UNKNOWN = "not stated"
 DIGEST_LENGTH = 12
+CENTER_CROP = "resized and cropped at the centre as ADM does"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,13 @@ class EvaluationProtocol:
         images (`str`, *optional*): What was scored.
         num_images (`int`): Images that were scored.
         num_reference_images (`int`, *optional*): Images of the reference; `None` where its file does not say.
+        size (`str`, *optional*): Height and width of the images in pixels.
+        crop (`str`, *optional*): How images of a data set got that size; `"none"` for images as they are.
+        kid_subsets (`str`, *optional*): Number and size of KID's subsets, if it was computed over subsets.
+        weights (`str`, *optional*): Digests of the networks that made the images.
+        seed (`int`, *optional*): Seed of the images.
         labels (`str`, *optional*): How classes were drawn: FID is about 0.1 lower with as many images of each.
-        sampler (`str`, *optional*): Name of the solver; for reconstructions what made them.
+        sampler (`str`, *optional*): Name of the solver, with its shift of time if it has one.
         num_inference_steps (`int`, *optional*): Its steps.
         guidance (`str`, *optional*): Method, scale and interval.
         dtype (`str`, *optional*): Precision of the networks that made the images.
@@ -45,6 +51,11 @@ class EvaluationProtocol:
     images: str = UNKNOWN
     num_images: int
     num_reference_images: int | None = None
+    size: str = UNKNOWN
+    crop: str = UNKNOWN
+    kid_subsets: str = "none"
+    weights: str = UNKNOWN
+    seed: int | None = None
     labels: str = UNKNOWN
     sampler: str = UNKNOWN
     num_inference_steps: int | None = None
@@ -66,7 +77,7 @@ class EvaluationProtocol:
         num_images: int,
         num_reference_images: int | None = None,
         settings: Mapping[str, Any] | None = None,
-        images: str = UNKNOWN,
+        **conditions: Any,
     ) -> "EvaluationProtocol":
         """
         The protocol of a set.
@@ -78,7 +89,7 @@ class EvaluationProtocol:
             num_reference_images (`int`, *optional*): Images of the reference.
             settings (`Mapping[str, Any]`, *optional*): The `settings` in the `settings.json` of a set that
                 `examples/generate.py` made.
-            images (`str`, *optional*): What is scored.
+            **conditions (`Any`): Further fields that are known, such as `images` and `size`.
 
         Returns:
             [`EvaluationProtocol`]: With what is known.
@@ -86,9 +97,9 @@ class EvaluationProtocol:
         return cls(
             **extractor_identity(extractor),
             reference=reference,
-            images=images,
             num_images=num_images,
             num_reference_images=num_reference_images,
+            **conditions,
             **_sampling_of(settings or {}, num_images),
         )
 
@@ -137,10 +148,15 @@ def _sampling_of(settings: Mapping[str, Any], num_images: int) -> dict[str, Any]
         guidance = f"{guidance} {settings['guidance_scale']} in [{low}, {high}]"
     classes = settings["class_labels"]
     chosen = "all" if classes == "all" else len(classes)
+    scheduler = settings["scheduler"]
+    shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+    shifted = "" if shift == 1 else f", time shift {shift:g}"
     part = "" if num_images == settings["num_images"] else f", the first images of {settings['num_images']}"
     return {
         "labels": f"{settings['label_draw']}, {chosen} classes of {settings['num_classes']}{part}",
-        "sampler": settings["scheduler"]["name"],
+        "sampler": f"{scheduler['name']}{shifted}",
+        "seed": settings["seed"],
+        "weights": ", ".join(f"{name} {digest[:DIGEST_LENGTH]}" for name, digest in settings["digests"].items()),
         "num_inference_steps": settings["num_inference_steps"],
         "guidance": guidance,
         "dtype": settings["dtype"],

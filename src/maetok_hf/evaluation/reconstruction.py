@@ -174,7 +174,7 @@ class ReconstructionProtocol:
         extractor (`str`): Name of the network that gives features.
         extractor_digest (`str`): Of its weights.
         resize (`str`): How it brings images to its size.
-        lpips (`str`): Its network.
+        lpips (`str`): Its network and a digest of the weights.
         ssim (`str`, *optional*): Its definition.
     """
 

@@ -7,7 +7,6 @@ training set, for FID and sFID, and 10 000 of its images, for precision and reca
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 
 from ..data import open_images
 from .collection import FeatureCollector
-from .extractors import FeatureExtractor, InceptionExtractor, extractor_identity
+from .extractors import FeatureExtractor, extractor_identity, load_statistics
 from .image_sets import NPZ_ENTRY, DatasetImages, ImageReader, NpzImages, image_set_identity, open_image_set
 from .options import ScoreOptions
-from .statistics import Moments, load_moments
+from .statistics import Moments
 
 
 DEFAULT_SPLIT = "train"
@@ -56,11 +55,19 @@ class Reference:
             moments |= {layer: self._collected.moments(layer) for layer in self._collected.layers[0]}
         digest = hashlib.blake2b(digest_size=16)
         for layer, found in sorted(moments.items()):
-            digest.update(layer.encode() + found.mean.numpy().tobytes())
+            digest.update(repr((layer, found.num_samples)).encode())
+            digest.update(found.mean.numpy().tobytes() + found.covariance.numpy().tobytes())
         return {
             "statistics": digest.hexdigest() if moments else None,
             "images": None if self.images is None else image_set_identity(self.images),
         }
+
+    @property
+    def num_images(self) -> int | None:
+        """`int`, *optional*: Images that there are or were; `None` for a file of statistics, which may not say it."""
+        if self.images is not None:
+            return len(self.images)
+        return None if self._collected is None else self._collected.num_images
 
     def missing(self, statistics: Sequence[str], features: Sequence[str]) -> tuple[list[str], list[str]]:
         """
@@ -151,7 +158,7 @@ def open_reference(options: ScoreOptions, extractor: FeatureExtractor) -> Refere
         _refuse_count(count, "the features are those of all its images")
         collected = _load_collected(path, extractor_identity(extractor))
         return Reference(f"features in {path.name}", collected=collected)
-    known = _load_statistics(path, extractor) if {"mu.npy", "sigma.npy"} <= set(names) else {}
+    known = load_statistics(path, extractor) if {"mu.npy", "sigma.npy"} <= set(names) else {}
     if known and NPZ_ENTRY not in names:
         _refuse_count(count, "a file of statistics holds no images")
         return Reference(f"statistics in {path.name}", known=known)
@@ -167,16 +174,6 @@ def _entries(path: Path) -> list[str]:
             return archive.namelist()
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no whole .npz file ({error}): make or download it again.") from error
-
-
-def _load_statistics(path: Path, extractor: FeatureExtractor) -> dict[str, Moments]:
-    known, protocol = load_moments(path, extractor_identity(extractor))
-    if protocol is None and not isinstance(extractor, InceptionExtractor):
-        raise ValueError(
-            f"{os.fspath(path)} does not say of which network its statistics are: they are taken for Inception's, and "
-            f"`extractor` is {extractor.name!r}. Give images, or statistics that an evaluation has written."
-        )
-    return known
 
 
 def _load_collected(path: Path, identity: Mapping[str, str]) -> FeatureCollector:

@@ -16,6 +16,7 @@ from .reference import Reference
 
 
 INCEPTION = "inception"
+NUM_NEIGHBORS = 3
 # layers that a metric needs: whether it needs their statistics or the features of each image, and of which sets
 STATISTICS_OF = {"fid": "pool", "sfid": "spatial"}
 FEATURES_OF = {"precision_recall": "pool", "kid": "pool", "kid_subsets": "pool"}
@@ -84,6 +85,30 @@ def check_layers(metrics: Sequence[str], layers: Sequence[str], extractor: str) 
         )
 
 
+def check_counts(metrics: Sequence[str], num_images: int, num_reference: int | None, kid_subset_size: int) -> None:
+    """
+    Make sure, before any work, that there are as many images as metrics need.
+
+    Args:
+        metrics (`Sequence[str]`): Their names.
+        num_images (`int`): Generated images.
+        num_reference (`int`, *optional*): Images of the reference, if that is known.
+        kid_subset_size (`int`): Images of a subset of `kid_subsets`.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    needed = {"fid": 2, "sfid": 2, "kid": 2, "precision_recall": NUM_NEIGHBORS + 1, "kid_subsets": kid_subset_size}
+    for name in metrics:
+        for what, count in (("images", num_images), ("reference images", num_reference)):
+            if count is not None and count < needed.get(name, 1):
+                hint = ", or a smaller `kid_subset_size`" if name == "kid_subsets" else ""
+                raise ValueError(
+                    f"`metrics` {name!r} needs {needed[name]} {what}, but there are {count}: take more{hint}, or "
+                    "leave it out."
+                )
+
+
 def compute_scores(
     metrics: Sequence[str],
     generated: FeatureCollector,
@@ -122,7 +147,9 @@ def compute_scores(
         else:
             sets = (generated.features("pool"), reference.features("pool"))
             if metric == "precision_recall":
-                results["precision"], results["recall"] = precision_recall(*sets, device=device)
+                results["precision"], results["recall"] = precision_recall(
+                    *sets, num_neighbors=NUM_NEIGHBORS, device=device
+                )
             elif metric == "kid":
                 results["kid"] = kernel_distance(*sets, device=device)
             else:

@@ -133,6 +133,27 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**checked)
 
 
+def refuse_effectless(options: Any, names: typing.Iterable[str], where: str) -> None:
+    """
+    Refuse settings that are given and would be ignored.
+
+    Args:
+        options (`Any`): A dataclass.
+        names (`Iterable[str]`): Fields that nothing reads.
+        where (`str`): When that is so, for the message.
+
+    Raises:
+        ValueError: If one of them has another value than its default.
+    """
+    names = set(names)
+    for field in dataclasses.fields(options):
+        if field.name not in names:
+            continue
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if getattr(options, field.name) != default:
+            raise ValueError(f"`{field.name}` = {getattr(options, field.name)!r} has no effect {where}: remove it.")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     Read the settings in a YAML file.
@@ -166,7 +187,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def add_flags(parser: Any, cls: type, title: str) -> None:
+def add_flags(parser: Any, cls: type, title: str, defaults: bool = False) -> None:
     """
     Add one flag for every field of a dataclass to an argument parser.
 
@@ -179,6 +200,8 @@ def add_flags(parser: Any, cls: type, title: str) -> None:
             `allow_abbrev=False`.
         cls (`type`): The dataclass.
         title (`str`): Heading in the help text.
+        defaults (`bool`, *optional*, defaults to `False`): Whether the help names defaults: not where a file, such as
+            a recipe, gives other values.
 
     Raises:
         ValueError: If the parser has another default, which would pass for a typed value, or accepts abbreviations.
@@ -188,11 +211,12 @@ def add_flags(parser: Any, cls: type, title: str) -> None:
     group = parser.add_argument_group(title)
     helps = field_help(cls)
     for field in dataclasses.fields(cls):
+        default = _default_text(field) if defaults else ""
         annotation = field_types(cls)[field.name]
         members = [member for member in typing.get_args(annotation) if member is not type(None)]
         if typing.get_origin(annotation) in (types.UnionType, typing.Union):
             annotation = members[0]
-        keywords: dict[str, Any] = {"help": helps[field.name].replace("%", "%%")}
+        keywords: dict[str, Any] = {"help": f"{helps[field.name]}{default}".replace("%", "%%")}
         origin = typing.get_origin(annotation)
         if origin is typing.Literal:
             keywords |= {"choices": typing.get_args(annotation)}
@@ -202,12 +226,22 @@ def add_flags(parser: Any, cls: type, title: str) -> None:
             (element,) = typing.get_args(annotation)
             choices = typing.get_args(element)  # of a Literal
             keywords |= {"type": str, "choices": choices} if choices else {"type": element}
-            keywords |= {"nargs": "*", "metavar": field.name.upper()}
+            keywords |= {"nargs": "*", "metavar": f"{{{','.join(choices)}}}" if choices else field.name.upper()}
         elif dict in (annotation, origin):
             keywords |= {"nargs": "+", "metavar": "KEY=VALUE"}
         else:
             keywords |= {"type": annotation, "metavar": annotation.__name__.upper()}
         group.add_argument(f"--{field.name}", **keywords)
+
+
+def _default_text(field: dataclasses.Field) -> str:
+    """What the help of a flag says of its default, for those that have one of their own."""
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+        return f" Default: {' '.join(map(str, default))}." if isinstance(default, list) and default else ""
+    if field.default is dataclasses.MISSING:
+        return " Required."
+    return "" if field.default is None else f" Default: {field.default}."
 
 
 def _parse_bool(text: str) -> bool:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from maetok_hf.evaluation import Moments, feature_moments, frechet_distance, load_moments
-from maetok_hf.evaluation.extractors import extractor_identity
+from maetok_hf.evaluation.extractors import load_statistics
 from maetok_hf.metrics.feature_metric import FeatureMetric, feature_blocks
 from maetok_hf.moments import RunningMoments
 
@@ -43,8 +43,10 @@ class FID(FeatureMetric):
             return {"fid": frechet_distance(generated, moments_of("references", references))}
         if references.null_count < len(references):
             raise ValueError("Give either `references` or `reference_statistics`.")
-        expected = None if self.extractor is None else extractor_identity(self.extractor)
-        moments, _ = load_moments(reference_statistics, expected)
+        if self.extractor is None:
+            moments, _ = load_moments(reference_statistics)
+        else:
+            moments = load_statistics(reference_statistics, self.extractor)
         if self.layer not in moments:
             raise ValueError(f"{reference_statistics} has no statistics of pooled features.")
         return {"fid": frechet_distance(generated, moments[self.layer])}
