@@ -207,10 +207,10 @@ def _orderings(records: Sequence[Record], measures: dict[str, Measure], titles: 
             ]
         )
     lines = [
-        "`yes` and `no` where the 95 % interval of the difference of the two means (over seeds; Welch's, and paired by "
-        "seeds where one tokenizer is the fine-tuning of the other) leaves 0 out: "
-        "`yes` in the paper's direction, `no` in the other one. Each interval is of its own: of twenty orderings one "
-        "would be resolved by chance if nothing differed.",
+        "`yes` and `no` where the 95 % interval of the difference of the two means (over seeds; Welch's, and paired "
+        "by seeds where one tokenizer is the fine-tuning of the other) leaves 0 out: `yes` in the paper's direction, "
+        "`no` in the other one. Each interval is of its own: of twenty orderings one would be resolved by chance if "
+        "nothing differed.",
         "",
         *table(["ordering", "measure", "paper", "difference here", "appears here"], rows),
     ]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .variants import VARIANTS
+
 
 CONFIDENCE = 0.95
 
@@ -173,6 +175,20 @@ def difference_interval(first: Sequence[float], second: Sequence[float]) -> Inte
     return Interval(difference, _quantile(degrees) * math.sqrt(sum(errors)), count)
 
 
+def paired_difference_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """
+    Difference of two means with its 95 % t-interval, of numbers that belong together two by two.
+
+    Args:
+        first (`Sequence[float]`): Numbers of one tokenizer, one of each seed.
+        second (`Sequence[float]`): Those of another that shares something with it, in the same order.
+
+    Returns:
+        [`Interval`]: Of `first` minus `second`; without a width for a single pair.
+    """
+    return interval([one - other for one, other in zip(first, second, strict=True)])
+
+
 @dataclass(frozen=True)
 class Claim:
     """
@@ -250,7 +266,19 @@ def verdict(records: Sequence[Record], claim: Claim, measure: Measure) -> tuple[
     first, second = (values_of(records, name, measure) for name in (claim.better, claim.worse))
     if not first or not second:
         return None
-    found = difference_interval(first, second)
+    related = VARIANTS[claim.better].base == claim.worse or VARIANTS[claim.worse].base == claim.better
+    if related:  # of one seed they have the same latents, generator and noises
+        seeds = [
+            {record["identity"]["seed"] for record in records if record["identity"]["variant"] == name}
+            for name in (claim.better, claim.worse)
+        ]
+        common = [record for record in records if record["identity"]["seed"] in set.intersection(*seeds)]
+        pairs = [values_of(common, name, measure) for name in (claim.better, claim.worse)]
+        if not pairs[0]:
+            return None
+        found = paired_difference_interval(*pairs)
+    else:
+        found = difference_interval(first, second)
     if found.half is None or abs(found.mean) <= found.half:
         return "not resolved", found
     return ("yes" if found.mean * measure.better > 0 else "no"), found
