@@ -114,14 +114,15 @@ def test_latents_of_known_modes_are_measured_as_such():
     (train, train_labels), (held_out, labels) = clusters(300, seed=1), clusters(100, seed=2)
     found = measures.measure_latents(train, train_labels, held_out, labels, BUDGET)
     assert json.loads(json.dumps(found, allow_nan=False)) == found, "plain types"
-    for name, dimensions in (("same", 4), ("own", None)):
+    for name, dimensions in (("same", 4), ("own", 3)):  # three are the fewest with more than 90 %
         curve = found["mixtures"][name]
         nll = curve["held_out_nll"]
         assert list(nll) == ["1", "2", "5", "20"]
         assert nll["5"] < nll["2"] < nll["1"] and nll["5"] < nll["20"]
         assert nll["1"] == pytest.approx(curve["gaussian_held_out_nll"], rel=0.01)
-        assert curve["num_dimensions"] == (dimensions or curve["num_dimensions"])
-    assert found["mixtures"]["own"]["explained_variance"] > 0.9
+        assert curve["num_dimensions"] == dimensions
+    explained = [found["mixtures"][name]["explained_variance"] for name in ("same", "own")]
+    assert 0.9 < explained[1] < explained[0] < 1
     assert found["shape"] == [3, 2]
     assert found["probe_accuracy"] > 0.95 and found["probe_cross_entropy"] < 0.2
     flat = train.flatten(1).double()
