@@ -14,16 +14,17 @@ LABELS = torch.arange(200) % 20
 
 
 def test_images_are_drawn_from_some_classes(make_options):
-    options = make_options(umap_num_images=30, umap_num_classes=4, umap_num_neighbors=5)
+    settings = {"parts": ["umap"], "umap_num_images": 30, "umap_num_classes": 4, "umap_num_neighbors": 5}
+    options = make_options(**settings)
     rows = choose_rows(LABELS, options)
     assert len(rows) == 30 and len(LABELS[rows].unique()) == 4 and (rows.diff() > 0).all()
     assert torch.equal(rows, choose_rows(LABELS, options))
-    other = choose_rows(LABELS, make_options(umap_num_images=30, umap_num_classes=4, umap_num_neighbors=5, seed=1))
+    other = choose_rows(LABELS, make_options(**settings, seed=1))
     assert not torch.equal(rows, other)
 
 
 def test_classes_of_the_picture_do_not_depend_on_the_order_of_rows(make_options):
-    options = make_options(umap_num_classes=4, umap_num_neighbors=5)
+    options = make_options(parts=["umap"], umap_num_classes=4, umap_num_neighbors=5)
     rows, turned = choose_rows(LABELS, options), choose_rows(LABELS.flip(0), options)
     assert torch.equal(LABELS[rows].unique(), LABELS.flip(0)[turned].unique())
     assert len(rows) == len(turned) == 40
@@ -31,7 +32,7 @@ def test_classes_of_the_picture_do_not_depend_on_the_order_of_rows(make_options)
 
 def test_too_few_images_of_the_classes_are_refused(make_options):
     with pytest.raises(ValueError, match="`umap_num_neighbors` is 10, but the picture has 10 images"):
-        choose_rows(LABELS, make_options(umap_num_classes=1, umap_num_neighbors=10))
+        choose_rows(LABELS, make_options(parts=["umap"], umap_num_classes=1, umap_num_neighbors=10))
 
 
 @pytest.mark.slow
