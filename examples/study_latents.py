@@ -3,7 +3,7 @@
 
     make study
 
-or, with the package installed (`pip install '.[demo,evaluation]' matplotlib`):
+or, with the package installed (`pip install '.[study]'`):
 
     python examples/study_latents.py                  # AE, KL-VAE, MAETok and MAETok with its decoder fine-tuned
     python examples/study_latents.py --full           # all tokenizers, after whatever is done already

@@ -21,6 +21,7 @@ from maetok_hf.evaluation import (
     precision_recall,
 )
 from maetok_hf.sampling import draw_labels, generate_images, to_uint8
+from tests.commands.words import replaced
 from tests.evaluation.networks import TinyExtractor, random_images
 from tests.pipelines.helpers import tiny_pipeline
 
@@ -57,20 +58,6 @@ def pipeline_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     tiny_pipeline("sde").save_pretrained(folder)
     return folder
-
-
-def replaced(words, **values):
-    """Other values of flags; `None` leaves one out."""
-    words = list(words)
-    for name, value in values.items():
-        flag = f"--{name}"
-        if flag in words:
-            index = words.index(flag)
-            stop = next((i for i in range(index + 1, len(words)) if words[i].startswith("--")), len(words))
-            del words[index:stop]
-        if value is not None:
-            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
 
 
 def evaluate(words):

@@ -16,6 +16,7 @@ from maetok_hf.commands import evaluate_tokenizer
 from maetok_hf.evaluation import Moments, frechet_distance, save_moments
 from maetok_hf.evaluation.extractors import INCEPTION_FILE
 from maetok_hf.evaluation.reconstruction import TokenizerFeatures, reconstruct
+from tests.commands.words import replaced
 from tests.evaluation.networks import TinyExtractor, random_images
 from tests.testing_utils import tiny_autoencoder
 
@@ -41,17 +42,6 @@ def words(tmp_path, tokenizer, write_images):
         *("--tokenizer_name_or_path", str(tmp_path / "tokenizer"), "--extractor", EXTRACTOR, "--batch_size", "4"),
         *("--images", str(tmp_path / "images"), "--device", "cpu", "--output_dir", str(tmp_path / "out")),
     ]
-
-
-def replaced(words, **values):
-    words = list(words)
-    for name, value in values.items():
-        flag = f"--{name}"
-        if flag in words:
-            words[words.index(flag) + 1] = str(value)
-        else:
-            words += [flag, str(value)]
-    return words
 
 
 def evaluate(words):

@@ -11,6 +11,7 @@ from accelerate.state import PartialState
 
 from maetok_hf.commands import evaluate_generation, sweep_guidance
 from maetok_hf.evaluation.pipeline_images import PipelineImages
+from maetok_hf.sampling import protocol
 from tests.evaluation.networks import random_images
 from tests.pipelines.helpers import tiny_pipeline
 
@@ -104,6 +105,14 @@ def test_a_stopped_sweep_continues_and_more_cells_are_added(common, tmp_path, ma
     more = sweep(common, tmp_path / "again", scales=("1", "1.5", "2", "3"))
     assert sum(map(len, made)) == 2 * COUNT
     assert [cell for cell in more["cells"] if cell["scale"] != 2] == expected["cells"]
+
+
+def test_weights_are_read_once_for_all_cells(common, tmp_path, monkeypatch):
+    read = []
+    digest = protocol.model_digest
+    monkeypatch.setattr(protocol, "model_digest", lambda model: read.append(type(model).__name__) or digest(model))
+    sweep(common, tmp_path / "out")
+    assert sorted(read) == ["AutoencoderMAE", "SiTTransformer1DModel"]
 
 
 def test_other_settings_are_other_cells(common, tmp_path, made):

@@ -113,7 +113,8 @@ class GuidanceSweep:
         pipe = load_pipeline(options, processes.device)
         self.cells = make_cells(options)
         # All are checked, and all processes agree on what is missing, before the first image.
-        self.images = {cell: PipelineImages(pipe, self._generation(cell)) for cell in self.cells}
+        digests: dict[str, str] = {}
+        self.images = {cell: PipelineImages(pipe, self._generation(cell), digests) for cell in self.cells}
         layers = layers_of(self.extractor, self.images[self.cells[0]].shape)
         check_layers(options.metrics, layers, self.extractor.name)
         self.reference = None

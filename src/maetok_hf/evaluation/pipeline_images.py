@@ -29,25 +29,27 @@ class PipelineImages(ImageReader):
     Args:
         pipe ([`MAETokDiffusionPipeline`]): On its device, with the scheduler that it shall sample with.
         options ([`~maetok_hf.sampling.GenerateOptions`]): What is asked for.
+        digests (`dict[str, str]`, *optional*): Of the pipeline's components, shared by sets of one pipeline.
 
     Raises:
         ValueError: If the pipeline cannot do it, or an option has no effect.
     """
 
-    def __init__(self, pipe: MAETokDiffusionPipeline, options: GenerateOptions):
+    def __init__(self, pipe: MAETokDiffusionPipeline, options: GenerateOptions, digests: dict[str, str] | None = None):
         super().__init__(f"pipeline {options.pretrained_model_name_or_path}", options.num_images)
         self.pipe, self.options = pipe, options
         self.classes = select_classes(options.class_labels, pipe)
         self.sampling = resolve_sampling(options, pipe, self.classes)
         self._labels = draw_labels(options.num_images, self.classes, options.label_draw, options.seed)
         self._settings: dict[str, Any] | None = None
+        self._digests = digests
 
     @property
     def settings(self) -> dict[str, Any]:
         """`dict[str, Any]`: What determines the images, as in the `settings.json` of a written set; the weights are
         read for their digests once."""
         if self._settings is None:
-            self._settings = sampling_settings(self.options, self.pipe, self.classes, self.sampling)
+            self._settings = sampling_settings(self.options, self.pipe, self.classes, self.sampling, self._digests)
         return self._settings
 
     @property

@@ -129,7 +129,11 @@ def image_shape(pipe: MAETokDiffusionPipeline) -> tuple[int, int, int]:
 
 
 def sampling_settings(
-    options: GenerateOptions, pipe: MAETokDiffusionPipeline, classes: Sequence[int], sampling: Mapping[str, Any]
+    options: GenerateOptions,
+    pipe: MAETokDiffusionPipeline,
+    classes: Sequence[int],
+    sampling: Mapping[str, Any],
+    digests: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """
     What determines the images of a set, up to the last bits of their computation.
@@ -139,14 +143,20 @@ def sampling_settings(
         pipe ([`MAETokDiffusionPipeline`]): The pipeline; its weights are read, and named by a digest.
         classes (`Sequence[int]`): Classes of the set.
         sampling (`Mapping[str, Any]`): From [`resolve_sampling`].
+        digests (`dict[str, str]`, *optional*): Digests of the pipeline's components that are known, by name; those
+            that are read are added, so that sets of one pipeline share them.
 
     Returns:
         `dict[str, Any]`: Plain types, for a JSON file.
     """
+    digests = {} if digests is None else digests
     num_classes = pipe.transformer.config.num_classes
     guided = sampling["guidance_scale"] != 1
     models = ["vae", "transformer"]
     models += ["guidance_transformer"] if guided and sampling["guidance_method"] == "autoguidance" else []
+    for name in models:
+        if name not in digests:
+            digests[name] = model_digest(getattr(pipe, name))
     config = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     # in low precision the rounding of matrix products, which depends on it, is more than the last bits
     batch_size = {} if options.dtype == "float32" else {"batch_size": options.batch_size}
@@ -165,7 +175,7 @@ def sampling_settings(
         "dtype": options.dtype,
         "rounding": options.rounding,
         **batch_size,
-        "digests": {name: model_digest(getattr(pipe, name)) for name in models},
+        "digests": {name: digests[name] for name in models},
     }
 
 
