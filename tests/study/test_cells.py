@@ -236,3 +236,12 @@ def test_estimates_grow_with_what_is_done():
         assert {key: longer[key] for key in before if key != part} == pytest.approx(
             {key: before[key] for key in before if key != part}
         )
+
+
+def test_a_data_worker_is_no_part_of_a_cell():
+    cell = cell_of("maetok")
+    for stage in cell.stages(Path("root")):
+        assert "--dataloader_num_workers" not in stage.words
+        assert stage.arguments(1) == [*stage.words, "--dataloader_num_workers", "0"]
+        assert stage.arguments(2) == stage.arguments(8) == [*stage.words, "--dataloader_num_workers", "1"]
+    assert all("--dataloader_num_workers 1" in line for line in cell.commands(2))

@@ -37,6 +37,19 @@ class Stage(NamedTuple):
     script: str
     words: list[str]
 
+    def arguments(self, num_threads: int) -> list[str]:
+        """
+        The flags, and a data worker beside the threads that compute. It decodes the next images, and these and their
+        order stay the same: it is no part of the cell's identity.
+
+        Args:
+            num_threads (`int`): CPU threads.
+
+        Returns:
+            `list[str]`: Words after the script.
+        """
+        return [*self.words, "--dataloader_num_workers", "1" if num_threads > 1 else "0"]
+
     def command(self, num_threads: int) -> str:
         """
         The line to type.
@@ -47,7 +60,7 @@ class Stage(NamedTuple):
         Returns:
             `str`: With a path of the script relative to the project.
         """
-        return shlex.join(["accelerate", *launch_words(num_threads), f"examples/{self.script}", *self.words])
+        return shlex.join(["accelerate", *launch_words(num_threads), f"examples/{self.script}", *self.arguments(num_threads)])
 
 
 def launch_words(num_threads: int) -> list[str]:

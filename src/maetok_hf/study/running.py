@@ -224,7 +224,8 @@ class Study:
 
     def run_stage(self, cell: Cell, stage: Stage) -> None:
         """Run one command."""
-        words = [*launch_words(self.options.num_threads)[1:], str(self.scripts / stage.script), *stage.words]
+        threads = self.options.num_threads
+        words = [*launch_words(threads)[1:], str(self.scripts / stage.script), *stage.arguments(threads)]
         command = [sys.executable, "-m", "accelerate.commands.launch", *words]
         print(f"\n=== {cell.name}, {stage.name}\n{shlex.join(command)}\n", flush=True)
         status = run_command(command, cell.folder(self.root) / stage.name)
