@@ -16,7 +16,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from tests.hub import serve_hub
 from tests.networks import save_networks
 
 
@@ -286,15 +285,6 @@ def assert_same_result(result_of):
                 assert value == other[name], name
 
     return compare
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    with serve_hub() as loopback:
-        for name, value in loopback.environment().items():
-            monkeypatch.setenv(name, value)
-        yield loopback
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from diffusers import AutoencoderKL
 
 from maetok_hf.data import HeldOutImages, ImageRanges, StreamingLatents, open_images, open_latents, to_pixel_values
 from maetok_hf.training.latent_encoding import check_same_encoder, encode_tokens, load_tokenizer
-from tests.hub import Repository
 from tests.testing_utils import tiny_autoencoder
 
 
@@ -118,7 +117,7 @@ def test_latents_come_back_normalised_for_training(run_here, flags, tmp_path):
 
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_a_tokenizer_on_the_hub_is_named_by_its_commit(revision, launch, flags, tokenizer_folder, tmp_path, hub):
-    hub.repositories["user/tokenizer"] = repository = Repository("user/tokenizer")
+    repository = hub.add("user/tokenizer")
     repository.commit("weights", {f"vae/{path.name}": path.read_bytes() for path in tokenizer_folder.iterdir()})
     commit, folder = repository.sha, tmp_path / "out"
     given = ["--tokenizer_name_or_path", "user/tokenizer", "--tokenizer_subfolder", "vae", "--output_dir", folder]

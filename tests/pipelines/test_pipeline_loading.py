@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders
 
 from maetok_hf import MAETokDiffusionPipeline
-from tests.hub import serve_folder
+from tests.loopback_hub import serve_folder
 from tests.pipelines.helpers import SCHEDULERS, generator, tiny_pipeline
 
 

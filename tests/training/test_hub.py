@@ -15,18 +15,8 @@ from maetok_hf import AutoencoderMAE
 from maetok_hf.training import hub as hub_module
 from maetok_hf.training import hub_worker
 from maetok_hf.training.hub import HubUpload
-from tests.hub import READ_TOKEN, LoopbackHub, serve_hub
+from tests.loopback_hub import READ_TOKEN, LoopbackHub
 from tests.testing_utils import tiny_autoencoder
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub on which this process, and those it starts, are logged in."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    with serve_hub() as loopback:
-        for name, value in loopback.environment().items():
-            monkeypatch.setenv(name, value)
-        yield loopback
 
 
 @pytest.fixture
@@ -123,10 +113,13 @@ def test_a_newer_request_replaces_one_that_waits(hub, tmp_path):
     assert files_of(hub) == {"config.json": b"3"}
 
 
-@pytest.mark.parametrize("status", [503, 429, None], ids=["unavailable", "too_many", "cut"])
+@pytest.mark.parametrize("status", [503, 429, 412, None], ids=["unavailable", "too_many", "other_commit", "cut"])
 def test_a_failure_that_passes_is_tried_again(hub, model_folder, tmp_path, status, caplog):
     upload = upload_of(tmp_path, retry_waits=(0.01, 0.01))
-    hub.fail("POST /api/models/.*/commit/", status, times=2)
+    if status is None:
+        hub.cut("POST /api/models/.*/commit/", times=2, after=100)
+    else:
+        hub.fail("POST /api/models/.*/commit/", status, times=2)
     upload.start({".": model_folder}, "Step 1")
     assert upload.finish()
     assert files_of(hub) == contents(model_folder)

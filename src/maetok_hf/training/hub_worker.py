@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
+# of the Hub: timeout, a commit of someone else at the same moment (two of them), too many requests
+PASSING_REFUSALS = (408, 409, 412, 429)
+NO_ROOM = 507
+
+
 def upload(repo_id: str, private: bool, folder: str | None, message: str) -> dict[str, Any]:
     """
     Create the repository if it does not exist, and commit a folder.
@@ -48,7 +53,8 @@ def describe(error: Exception) -> dict[str, Any]:
 
     Returns:
         `dict[str, Any]`: `error` (a text of one line) and `permanent`: `True` for a refusal by the Hub (not for its
-        failures, nor for too many requests), for a request that cannot be made, and where no token is found.
+        failures, nor for too many requests or a commit that came first), for a full storage, for a request that
+        cannot be made, and where no token is found.
     """
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -57,7 +63,7 @@ def describe(error: Exception) -> dict[str, Any]:
         answer = answer.__cause__  # the upload of a file wraps the Hub's answer
     if isinstance(answer, HfHubHTTPError):
         status = answer.response.status_code
-        permanent = 400 <= status < 500 and status not in (408, 429)
+        permanent = (400 <= status < 500 and status not in PASSING_REFUSALS) or status == NO_ROOM
     else:
         permanent = isinstance(answer, (ValueError, LocalTokenNotFoundError, OfflineModeIsEnabled))
     lines = [line.strip() for line in f"{type(answer).__name__}: {answer}".splitlines()]
