@@ -1,7 +1,5 @@
 """How the pipeline samples: trajectories, guidance, noise."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,6 @@ from maetok_hf import (
     MAETokDiffusionPipeline,
     convert_transformer,
 )
-from maetok_hf.pipelines.guidance import DEFAULT_GUIDANCE_SCALE
 from maetok_hf.schedulers import scheduling_flow_match_euler_maruyama
 from tests.pipelines.helpers import NULL_CLASS, SCHEDULERS, Passes, generator, generators, tiny_pipeline
 from tests.testing_utils import GOLDEN, seeded_normal, tiny_autoencoder
@@ -167,13 +164,10 @@ def test_models_in_training_mode_sample_without_dropout_and_stay_in_it(name):
 
 
 def test_defaults_are_the_published_settings():
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(MAETokDiffusionPipeline.__call__).parameters.items()
-    }
-    assert defaults["num_inference_steps"] == 250
-    assert defaults["guidance_scale"] is None and DEFAULT_GUIDANCE_SCALE == 1.9
-    assert defaults["guidance_interval"] == (0.0, 0.75)
+    config = tiny_pipeline().config
+    assert config.default_num_inference_steps == 250
+    assert config.default_guidance_scale == 1.9
+    assert config.default_guidance_interval == [0.0, 0.75]
     assert FlowMatchEulerMaruyamaScheduler().config.last_step_size == 0.04
 
 

@@ -80,10 +80,24 @@ def combine_velocities(base: torch.Tensor, velocity: torch.Tensor, scale: float)
     return base + scale * (velocity - base)
 
 
-def check_guidance_interval(interval: Any) -> None:
+def check_guidance_scale(scale: Any, name: str = "guidance_scale") -> None:
+    """
+    Args:
+        scale (`float`): Scale of guidance.
+        name (`str`, *optional*, defaults to `"guidance_scale"`): What it is called, for the message.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0.
+    """
+    if not _is_number(scale) or not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"`{name}` must be a finite number of at least 0 (1 is no guidance), got {scale!r}.")
+
+
+def check_guidance_interval(interval: Any, name: str = "guidance_interval") -> None:
     """
     Args:
         interval (`tuple[float, float]`): Lowest and highest time of guidance.
+        name (`str`, *optional*, defaults to `"guidance_interval"`): What it is called, for the message.
 
     Raises:
         ValueError: If it is not a pair of ordered times in [0, 1].
@@ -91,8 +105,7 @@ def check_guidance_interval(interval: Any) -> None:
     is_pair = isinstance(interval, (list, tuple)) and len(interval) == 2
     if not is_pair or not all(map(_is_number, interval)) or not 0 <= interval[0] <= interval[1] <= 1:
         raise ValueError(
-            "`guidance_interval` must be (low, high), times in [0, 1] with low <= high and noise at 1, got "
-            f"{interval!r}."
+            f"`{name}` must be (low, high), times in [0, 1] with low <= high and noise at 1, got {interval!r}."
         )
 
 
@@ -102,6 +115,7 @@ def resolve_guidance(
     temperature: float | None,
     transformer: ModelMixin,
     guidance_transformer: ModelMixin | None,
+    default_scale: float = DEFAULT_GUIDANCE_SCALE,
 ) -> Guidance:
     """
     The guidance that the arguments of a call ask for, with the components that are there.
@@ -111,10 +125,11 @@ def resolve_guidance(
 
     Args:
         method (`str`, *optional*): One of `GUIDANCE_METHODS`.
-        scale (`float`, *optional*): Scale s; `DEFAULT_GUIDANCE_SCALE` if neither it nor `temperature` is given.
+        scale (`float`, *optional*): Scale s; `default_scale` if neither it nor `temperature` is given.
         temperature (`float`, *optional*): `1 / s` in (0, 1], for `"gft"` only.
         transformer ([`ModelMixin`]): Velocity model to be guided.
         guidance_transformer ([`ModelMixin`], *optional*): Weak model of autoguidance.
+        default_scale (`float`, *optional*, defaults to 1.9): Scale where none is given.
 
     Returns:
         [`Guidance`]: Method and scale.
@@ -132,7 +147,7 @@ def resolve_guidance(
     if temperature is not None:
         scale = _scale_of_temperature(temperature, method, scale)
     elif scale is None:
-        scale = DEFAULT_GUIDANCE_SCALE
+        scale = default_scale
 
     if method == "autoguidance" and guidance_transformer is None:
         raise ValueError(
@@ -145,8 +160,7 @@ def resolve_guidance(
             f"`{asked}` needs a `transformer` trained for it, with `temperature_embedding=True` in its config, which "
             "this pipeline does not have: pass `guidance_scale` instead, for classifier-free guidance."
         )
-    if not _is_number(scale) or not (math.isfinite(scale) and scale >= 0):
-        raise ValueError(f"`guidance_scale` must be a finite number of at least 0 (1 is no guidance), got {scale!r}.")
+    check_guidance_scale(scale)
     if method == "cfg" and scale != 1 and transformer.config.class_dropout_prob == 0:
         raise ValueError(
             f"`guidance_scale` = {scale} is classifier-free guidance, but the `transformer` was trained without "

@@ -20,11 +20,24 @@ from ..models.transformer_sit import SiTTransformer1DModel
 from ..models.transformer_usit import USiTTransformer1DModel
 from ..schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
 from .components import check_guidance_transformer, check_scheduler, check_transformer
-from .guidance import check_guidance_interval, combine_velocities, has_temperature, is_inside, resolve_guidance
+from .guidance import (
+    DEFAULT_GUIDANCE_SCALE,
+    check_guidance_interval,
+    check_guidance_scale,
+    combine_velocities,
+    has_temperature,
+    is_inside,
+    resolve_guidance,
+)
 from .labels import check_id2label, classes_by_name, find_class, flatten_labels
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def _check_positive_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
 
 @contextmanager
@@ -62,15 +75,22 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             Weak model of autoguidance, of the same latents, classes and path as `transformer`, such as a checkpoint
             after a quarter of its training; its size and class may be others. It is saved and loaded with the
             pipeline; `from_pretrained(..., guidance_transformer=None)` leaves it out.
+        default_num_inference_steps (`int`, *optional*, defaults to 250):
+            Solver steps of a call that gives none. This and the two below are in the config: saved, loaded, and
+            replaced by `from_pretrained(..., default_num_inference_steps=50)`. Their defaults are the published
+            settings at 256 pixels.
+        default_guidance_scale (`float`, *optional*, defaults to 1.9): Scale of guidance of a call that gives none.
+        default_guidance_interval (`list[float]`, *optional*, defaults to `[0.0, 0.75]`):
+            Lowest and highest time of guidance of a call that gives none.
 
     Raises:
-        ValueError: If `id2label` does not map class indices to names.
+        ValueError: If `id2label` does not map class indices to names, or a default is out of range.
     """
 
     # the guidance transformer takes turns with the transformer, so it is offloaded by hand, after the last step
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["guidance_transformer"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "velocity"]
 
     def __init__(
         self,
@@ -82,12 +102,24 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         guidance_transformer: (
             SiTTransformer1DModel | LightningDiTTransformer1DModel | USiTTransformer1DModel | None
         ) = None,
+        default_num_inference_steps: int = 250,
+        # by type: a given value of another one makes `from_pretrained` warn
+        default_guidance_scale: float | int = DEFAULT_GUIDANCE_SCALE,
+        default_guidance_interval: list | tuple = [0.0, 0.75],
     ):
         super().__init__()
         self.register_modules(
             vae=vae, transformer=transformer, scheduler=scheduler, guidance_transformer=guidance_transformer
         )
-        self.register_to_config(id2label=check_id2label(id2label))
+        _check_positive_integer("default_num_inference_steps", default_num_inference_steps)
+        check_guidance_scale(default_guidance_scale, "default_guidance_scale")
+        check_guidance_interval(default_guidance_interval, "default_guidance_interval")
+        self.register_to_config(
+            id2label=check_id2label(id2label),
+            default_num_inference_steps=int(default_num_inference_steps),
+            default_guidance_scale=float(default_guidance_scale),
+            default_guidance_interval=[float(time) for time in default_guidance_interval],
+        )
         self._current_timestep = None
         self.image_processor = VaeImageProcessor(
             vae_scale_factor=self.vae.config.patch_size if getattr(self, "vae", None) is not None else 16
@@ -175,8 +207,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_label", num_images_per_label),
         ):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value <= 0:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            _check_positive_integer(name, value)
         check_guidance_interval(guidance_interval)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
@@ -334,8 +365,8 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         self,
         class_labels: int | str | list | torch.Tensor | None = None,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 0.75),
-        num_inference_steps: int = 250,
+        guidance_interval: tuple[float, float] | None = None,
+        num_inference_steps: int | None = None,
         num_images_per_label: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -348,7 +379,7 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         guidance_temperature: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         r"""
-        Generate images of classes. The defaults are the published settings at 256 pixels (MAETok, section 4.1).
+        Generate images of classes. Steps and guidance that are not given are those of the pipeline's config.
 
         Args:
             class_labels (`int`, `str`, `list` or `torch.Tensor`, *optional*):
@@ -356,13 +387,16 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
                 unconditionally, from the null class: then both passes of autoguidance take the null class, and the
                 other two methods, which strengthen a class, have nothing to do and refuse a scale or temperature.
             guidance_scale (`float`, *optional*):
-                Scale s of guidance; 1.9 if neither it nor `guidance_temperature` is given. 1 is no guidance, and runs
-                one pass a step. Models trained without guidance (`"gft"`) need at least 1.
-            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 0.75)`):
+                Scale s of guidance; the config's `default_guidance_scale` if neither it nor `guidance_temperature` is
+                given. 1 is no guidance, and runs one pass a step. Models trained without guidance (`"gft"`) need at
+                least 1.
+            guidance_interval (`tuple[float, float]`, *optional*):
                 Times `(low, high)` in [0, 1], both inclusive, between which guidance applies; outside, only the
                 conditional pass of `transformer` runs ([arXiv
-                2404.07724](https://huggingface.co/papers/2404.07724)), at temperature 1 if it has one.
-            num_inference_steps (`int`, *optional*, defaults to 250): Number of solver steps.
+                2404.07724](https://huggingface.co/papers/2404.07724)), at temperature 1 if it has one. The config's
+                `default_guidance_interval` if it is not given.
+            num_inference_steps (`int`, *optional*):
+                Number of solver steps; the config's `default_num_inference_steps` if it is not given.
             num_images_per_label (`int`, *optional*, defaults to 1): Images of each label, next to each other.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of all noise. With one generator per image an image does not depend on the others in its batch.
@@ -373,9 +407,10 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
                 latents).
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output object or a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipe, step, timestep, tensors)` after each step; may return changed tensors.
+                Called as `callback(pipe, step, timestep, tensors)` after each step; may return changed `latents`.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                Names of the tensors that the callback gets.
+                Names of the tensors that the callback gets: `latents` after the step, and `velocity`, the guided one
+                in float32 or better that the step took.
             sigmas (`list[float]`, *optional*): Custom start times of the steps in (0, 1], instead of the scheduler's
                 grid.
             guidance_method (`str`, *optional*):
@@ -413,6 +448,10 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_interval is None:
+            guidance_interval = self.config.default_guidance_interval
         labels = [] if class_labels is None else self._get_class_indices(class_labels)
         if class_labels is not None and not labels:
             raise ValueError("`class_labels` is empty: give at least one class, or None to sample unconditionally.")
@@ -433,7 +472,12 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
                 "classes (`class_dropout_prob` is 0 in its config): name a class."
             )
         self._guidance_method, self._guidance_scale = resolve_guidance(
-            guidance_method, guidance_scale, guidance_temperature, self.transformer, self.guidance_transformer
+            guidance_method,
+            guidance_scale,
+            guidance_temperature,
+            self.transformer,
+            self.guidance_transformer,
+            default_scale=self.config.default_guidance_scale,
         )
         can_guide = bool(labels) or self.guidance_method == "autoguidance"
         asked = guidance_scale is not None or guidance_temperature is not None

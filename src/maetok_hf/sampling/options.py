@@ -32,8 +32,8 @@ class SamplingOptions:
         batch_size (`int`, *optional*, defaults to 64):
             Images in one forward pass of one process. Changes images by rounding errors: hardly in float32, visibly
             for a measurement in low precision, where a set is continued with the same one only.
-        num_inference_steps (`int`, *optional*, defaults to 250):
-            Steps of the solver.
+        num_inference_steps (`int`, *optional*):
+            Steps of the solver; by default the pipeline's, which are 250 if nothing else was saved with it.
         scheduler (`str`, *optional*):
             Solver: `"euler-maruyama"` (the paper's), `"euler"`, `"heun"`, `"unipc"` or `"dpm-solver++"`, with the time
             shift of the pipeline's own one, which is the default.
@@ -52,7 +52,7 @@ class SamplingOptions:
     label_draw: Literal["balanced", "random"] = "balanced"
     seed: int = 0
     batch_size: int = 64
-    num_inference_steps: int = 250
+    num_inference_steps: int | None = None
     scheduler: Literal["euler-maruyama", "euler", "heun", "unipc", "dpm-solver++"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Literal["nearest", "truncate"] = "nearest"
@@ -77,7 +77,7 @@ class GuidanceOptions:
         guidance_temperature (`float`, *optional*):
             Temperature of `"gft"` in (0, 1], instead of `guidance_scale`.
         guidance_interval (`list[float]`, *optional*):
-            Lowest and highest time of guidance, noise at 1; 0 and 0.75 by default.
+            Lowest and highest time of guidance, noise at 1; by default the pipeline's.
     """
 
     guidance_method: Literal["cfg", "autoguidance", "gft"] | None = None

@@ -28,7 +28,6 @@ from .options import GenerateOptions
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "settings.json"
-DEFAULT_GUIDANCE_INTERVAL = (0.0, 0.75)
 # of the raw size; photographs rarely become smaller than that as PNG files
 SMALL_PNG = 0.5
 LIBRARIES = ("maetok_hf", "torch", "diffusers", "accelerate", "numpy", "pillow")
@@ -90,6 +89,7 @@ def resolve_sampling(
         options.guidance_temperature,
         pipe.transformer,
         pipe.guidance_transformer,
+        default_scale=pipe.config.default_guidance_scale,
     )
     if options.guidance_transformer_name_or_path is not None and (method != "autoguidance" or scale == 1):
         raise ValueError(
@@ -103,11 +103,12 @@ def resolve_sampling(
         )
     if options.label_draw == "random" and len(classes) == 1:
         raise ValueError("`label_draw` = 'random' has no effect with one class: remove it.")
-    interval = tuple(options.guidance_interval or DEFAULT_GUIDANCE_INTERVAL)
+    interval = tuple(options.guidance_interval or pipe.config.default_guidance_interval)
+    num_inference_steps = options.num_inference_steps or pipe.config.default_num_inference_steps
     pipe.check_inputs(
         labels=list(classes),
         guidance_interval=interval,
-        num_inference_steps=options.num_inference_steps,
+        num_inference_steps=num_inference_steps,
         num_images_per_label=1,
         generator=None,
         latents=None,
@@ -116,7 +117,7 @@ def resolve_sampling(
         callback_on_step_end_tensor_inputs=[],
     )
     return {
-        "num_inference_steps": options.num_inference_steps,
+        "num_inference_steps": num_inference_steps,
         "guidance_method": method,
         "guidance_scale": scale,
         "guidance_interval": interval,
