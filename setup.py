@@ -38,11 +38,16 @@ EXTRAS = {
 EXTRAS["evaluation"] = [*EXTRAS["training"], "evaluate>=0.4.6", "matplotlib>=3.8", "torch-fidelity>=0.4"]
 EXTRAS["analysis"] = [*EXTRAS["training"], "matplotlib>=3.8", "umap-learn>=0.5.7"]
 EXTRAS["demo"] = [*EXTRAS["training"], "mlxtend>=0.23", "scikit-learn>=1.5"]
+EXTRAS["page"] = [*EXTRAS["training"], "gradio>=6.31,<7", "matplotlib>=3.8"]
 EXTRAS["study"] = [*EXTRAS["demo"], *EXTRAS["evaluation"], "scipy>=1.11"]
+EXTRAS["docs"] = [*EXTRAS["training"], "furo>=2025.12", "myst-parser>=5", "sphinx>=9"]
 EXTRAS["dev"] = [
     *EXTRAS["analysis"],
+    *EXTRAS["docs"],
     *EXTRAS["lora"],
+    *EXTRAS["page"],
     *EXTRAS["study"],
+    "playwright>=1.50",  # drives Debian's chromium in the tests of the page
     "piq>=0.8",  # other implementations of metrics, which tests compare with
     "prdc>=0.2",
     "scikit-image>=0.24",
@@ -63,10 +68,13 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"maetok_hf": ["py.typed", "metrics/*/README.md", "metrics/*/requirements.txt", "metrics/*/*.py"]},
+    package_data={
+        "maetok_hf": ["py.typed", "models/*.md", "metrics/*/README.md", "metrics/*/requirements.txt", "metrics/*/*.py"]
+    },
     entry_points={
         "console_scripts": [
             "maetok-analyze = maetok_hf.commands.analyze_latents:main",
+            "maetok-demo = maetok_hf.commands.demo_page:main",
             "maetok-eval = maetok_hf.commands.evaluate:main",
         ]
     },

@@ -26,7 +26,8 @@ INNER = {
     "evaluation": {"data", "models", "moments", "pipelines", "sampling", "training"},
     "metrics": {"data", "evaluation", "moments"},
     "study": {"analysis", "data", "evaluation", "models", "moments", "pipelines", "sampling", "seeding", "training"},
-    "commands": {"analysis", "data", "evaluation", "sampling", "training"},
+    "page": {"data", "models", "pipelines", "sampling", "schedulers", "seeding", "training"},
+    "commands": {"analysis", "data", "evaluation", "page", "sampling", "training"},
     "_register": {"models", "pipelines"},
     "__init__": {"_register", "conversion", "models", "pipelines", "schedulers"},
 }
@@ -34,7 +35,7 @@ INNER = {
 OUTER = {
     "seeding": {"torch"},
     "moments": {"torch"},
-    "models": {"diffusers", "torch"},
+    "models": {"diffusers", "huggingface_hub", "torch"},
     "schedulers": {"diffusers", "numpy", "torch"},
     "pipelines": {"diffusers", "numpy", "torch"},
     "conversion": {"diffusers", "huggingface_hub", "safetensors", "torch"},
@@ -44,6 +45,7 @@ OUTER = {
     "evaluation": {"diffusers", "numpy", "torch", "torch_fidelity", "transformers"},
     "metrics": {"datasets", "evaluate", "numpy", "torch"},
     "study": {"matplotlib", "safetensors", "scipy", "torch"},
+    "page": {"PIL", "diffusers", "fastapi", "gradio", "matplotlib", "numpy", "torch", "uvicorn"},
     "commands": {"matplotlib", "torch"},
     "training": {
         "PIL",

@@ -9,6 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from maetok_hf import denormalize_latents
 from tests.pipelines.helpers import SCHEDULERS, Passes, generator, tiny_pipeline
+from tests.testing_utils import seeded_normal
 
 
 def run(pipe, **kwargs):
@@ -112,6 +113,24 @@ def test_the_callback_may_return_nothing_and_ask_for_nothing():
     )
     assert seen == [{}] * 4
     np.testing.assert_array_equal(images, run(pipe))
+
+
+def test_the_callback_may_see_the_velocity_that_a_step_took():
+    pipe = tiny_pipeline("euler")
+    noise = seeded_normal(2, 6, 4)
+    before, clean = [noise], []
+
+    def record(pipe, step, timestep, tensors):
+        time, time_after = pipe.scheduler.sigmas[step : step + 2]
+        torch.testing.assert_close(tensors["latents"], before[-1] + (time_after - time) * tensors["velocity"])
+        clean.append(before[-1] - time * tensors["velocity"])
+        before.append(tensors["latents"])
+
+    settings = {"callback_on_step_end_tensor_inputs": ["latents", "velocity"], "guidance_scale": 3.0}
+    latents = run(pipe, latents=noise, callback_on_step_end=record, output_type="latent", **settings)
+    # the last step ends where it predicts the data
+    torch.testing.assert_close(torch.as_tensor(latents), clean[-1])
+    assert len(clean) == 4
 
 
 def test_the_callback_may_interrupt():

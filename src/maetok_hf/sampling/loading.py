@@ -28,10 +28,10 @@ def load_pipeline(options: SamplingOptions, device: torch.device) -> MAETokDiffu
     if options.revision is not None and Path(options.pretrained_model_name_or_path).is_dir():
         raise ValueError(f"`revision` = {options.revision!r} has no meaning for a local folder: remove it.")
     if options.guidance_transformer_name_or_path is not None:
-        weak = AutoModel.from_pretrained(options.guidance_transformer_name_or_path, torch_dtype=dtype)
+        weak = AutoModel.from_pretrained(options.guidance_transformer_name_or_path, dtype=dtype)
         components = {"guidance_transformer": weak}
     pipe = MAETokDiffusionPipeline.from_pretrained(
-        options.pretrained_model_name_or_path, revision=options.revision, torch_dtype=dtype, **components
+        options.pretrained_model_name_or_path, revision=options.revision, dtype=dtype, **components
     )
     pipe.set_progress_bar_config(disable=True)
     if options.scheduler is not None:

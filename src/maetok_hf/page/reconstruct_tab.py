@@ -1,0 +1,95 @@
+"""The tab that shows what a tokenizer makes of an image."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+
+from .abilities import LoadedPipeline
+from .pictures import latent_picture
+from .reconstruction import (
+    format_psnr,
+    has_statistics,
+    open_upload,
+    reconstruct,
+    seen_by_generator,
+    token_effects,
+    token_maps,
+)
+from .widgets import QUEUED, gallery, image_field, picture, with_messages
+
+
+HELP = """
+Drop an image, or paste one. Its centre square, in the size of the model, is encoded to tokens and decoded again. It
+stays on this server and is deleted when the server ends.
+"""
+TOKENS_HELP = """
+Each picture shows one token: how much the reconstruction changes when this token is replaced by the mean token.
+Light is much, on the same scale in all; the number is the mean change in levels of 255.
+"""
+
+
+def reconstruct_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) -> None:
+    """
+    Lay out the tab.
+
+    Args:
+        pipelines (`Sequence[LoadedPipeline]`): What can be chosen.
+        chosen (`gr.Dropdown`): Which one is, by its index.
+    """
+    # the pipeline's index and the raw tokens of the image that is shown
+    shown = gr.State(None)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=280):
+            upload = image_field("Your image")
+            gr.Markdown(HELP)
+        with gr.Column(scale=2, min_width=300):
+            status = gr.Markdown("No image yet.", elem_id="reconstruct-status")
+            with gr.Row():
+                original = picture("What the model sees", min_width=140, elem_id="original")
+                decoded = picture("Reconstruction", min_width=140, elem_id="reconstruction")
+                difference = picture("Difference", min_width=140, elem_id="difference")
+            latent = picture("Token latent: one column a token, one row a channel", height=320, elem_id="latent")
+            explain = gr.Button("Show which token is what", interactive=False, elem_id="explain")
+            tokens = gallery("Tokens", 8, visible=False, elem_id="tokens")
+            help_text = gr.Markdown(TOKENS_HELP, visible=False)
+
+    @with_messages
+    def show(index: int, path: str | None) -> tuple:
+        hidden = [gr.update(value=None, visible=False), gr.update(visible=False)]
+        if path is None:
+            return None, "No image yet.", None, None, None, None, gr.update(interactive=False), *hidden
+        pipe = pipelines[index].pipe
+        result = reconstruct(pipe, open_upload(path))
+        normalized = has_statistics(pipe)
+        tokens = seen_by_generator(pipe, result.latent) if normalized else result.latent
+        text = [f"### {format_psnr(result.psnr)}", *result.notes]
+        text.append(f"The largest difference is {result.largest_difference} of 255 levels.")
+        return (
+            (index, result.latent),
+            f"{text[0]}\n{' '.join(text[1:])}",
+            result.original,
+            result.reconstruction,
+            result.difference,
+            latent_picture(tokens, normalized),
+            gr.update(interactive=normalized),
+            *hidden,
+        )
+
+    @with_messages
+    def explain_tokens(shown: tuple[int, torch.Tensor] | None) -> Iterator[tuple[Any, Any]]:
+        if shown is None:
+            raise ValueError("There is no image: drop one first.")
+        index, raw = shown
+        effects = []
+        for part in token_effects(pipelines[index].pipe, raw):
+            effects.append(part)
+            maps = token_maps(np.concatenate(effects))
+            yield gr.update(value=maps, visible=True), gr.update(visible=True)
+
+    outputs = [shown, status, original, decoded, difference, latent, explain, tokens, help_text]
+    for trigger in (upload.change, chosen.change):
+        trigger(show, [chosen, upload], outputs, show_progress="minimal", **QUEUED)
+    explain.click(explain_tokens, shown, [tokens, help_text], show_progress="minimal", **QUEUED)

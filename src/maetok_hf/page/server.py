@@ -1,0 +1,183 @@
+"""Serving the page: on one address, without a word to any other one."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+
+# what a browser that shows the page may load from: this server only
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'"
+)
+SHUTDOWN_SECONDS = 2
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """
+    Take a port, before anything is loaded.
+
+    Args:
+        host (`str`): Address to listen on.
+        port (`int`): Port, 0 for any free one.
+
+    Returns:
+        `socket.socket`: Bound to it.
+
+    Raises:
+        ValueError: If the address is not one of this machine, or the port is taken or not allowed.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (socket.gaierror, OverflowError, UnicodeError) as error:
+        raise ValueError(f"`host` {host!r} is no address of this machine: use 127.0.0.1 or 0.0.0.0.") from error
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        # not listening yet: a browser is refused, rather than kept waiting, until the page is there
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({error.strerror.lower()}): choose another `port`, or 0 for any "
+            "free one."
+        ) from error
+    return sock
+
+
+def address_of(sock: socket.socket) -> str:
+    """
+    What to type into a browser on this machine.
+
+    Args:
+        sock (`socket.socket`): From [`open_port`].
+
+    Returns:
+        `str`: A URL.
+    """
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextmanager
+def private_folder() -> Iterator[str]:
+    """
+    A folder for what people upload and what is made for them, which is deleted with all that is in it.
+
+    Yields:
+        `str`: Its path. Gradio uses it for pages that are built inside.
+    """
+    previous = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="maetok-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield folder
+        finally:
+            if previous is None:
+                del os.environ["GRADIO_TEMP_DIR"]
+            else:
+                os.environ["GRADIO_TEMP_DIR"] = previous
+
+
+class SecurityHeaders:
+    """
+    Tells browsers to load nothing from other addresses, and to tell them nothing.
+
+    Args:
+        app (`Any`): The ASGI application.
+    """
+
+    HEADERS = (
+        (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
+        (b"referrer-policy", b"no-referrer"),
+    )
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """
+        Args:
+            scope (`Any`): Of the request.
+            receive (`Any`): Its messages.
+            send (`Any`): Takes those of the response.
+        """
+
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *self.HEADERS]}
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+def make_app(page: "gr.Blocks", css: str) -> Any:
+    """
+    The page as a web application.
+
+    Args:
+        page (`gr.Blocks`): From [`~maetok_hf.page.layout.build_page`].
+        css (`str`): Its style sheet.
+
+    Returns:
+        `fastapi.FastAPI`: The application; browsers are told to load nothing from elsewhere.
+    """
+    import gradio as gr
+    from fastapi import FastAPI
+
+    from .reconstruction import MAX_FILE_SIZE
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    app.add_middleware(SecurityHeaders)
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        css=css,
+        theme=gr.themes.Default(primary_hue="blue", secondary_hue="blue"),
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+        max_file_size=MAX_FILE_SIZE,
+    )
+
+
+def serve(app: Any, sock: socket.socket) -> None:
+    """
+    Serve until a signal comes, and then end what is open within seconds.
+
+    Args:
+        app (`fastapi.FastAPI`): From [`make_app`].
+        sock (`socket.socket`): From [`open_port`].
+
+    Raises:
+        SystemExit: With 143 after SIGTERM; after Ctrl-C the function returns.
+    """
+    import uvicorn
+
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "graceful shutdown exceeded" not in record.msg)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on"
+    )
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with closing(sock):
+            uvicorn.Server(config).run(sockets=[sock])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, previous)

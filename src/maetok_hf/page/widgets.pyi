@@ -1,0 +1,283 @@
+"""What the tabs of the page have in common: controls of a run, a field for an image, and messages."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import torch
+
+from ..pipelines import MAETokDiffusionPipeline
+from .abilities import NO_GUIDANCE, OWN_SOLVER, SCHEMES, classes_of, default_scheme, schemes_of, solvers_of
+from .generation import MAX_IMAGES, MAX_SEED, MAX_STEPS, GenerationSettings
+
+
+# all events that compute share one queue: one of them runs, and the others see their place in it
+QUEUED: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+# for what only changes the page
+UNQUEUED: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+MAX_SCALE_ON_SLIDER = 5.0
+
+from gradio.events import Dependency
+
+class ImageField(gr.Image):
+    """A field for an image whose file is handed on unread: Gradio would decode it, with less care."""
+
+    is_template = True  # a `gr.Image` for the browser
+
+    def preprocess(self, payload: Any) -> str | None:
+        """
+        Args:
+            payload (`Any`): What the browser sent.
+
+        Returns:
+            `str` or `None`: Path of the file in the server's folder of uploads.
+        """
+        return None if payload is None else payload.path
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+def image_field(label: str) -> ImageField:
+    """
+    A field to drop an image into.
+
+    Args:
+        label (`str`): What it is called.
+
+    Returns:
+        [`ImageField`]: The field.
+    """
+    return ImageField(label=label, sources=["upload", "clipboard"], height=260)
+
+
+def picture(label: str, **options: Any) -> gr.Image:
+    """
+    A place for a picture.
+
+    Args:
+        label (`str`): What it is called.
+        options: Further arguments of `gr.Image`.
+
+    Returns:
+        `gr.Image`: The place; what is downloaded from it is a PNG file.
+    """
+    return gr.Image(
+        label=label, interactive=False, format="png", buttons=["download", "fullscreen"], **({"height": 260} | options)
+    )
+
+
+def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
+    """
+    A place for several pictures.
+
+    Args:
+        label (`str`): What it is called.
+        columns (`int`): Pictures in a row of a wide window.
+        options: Further arguments of `gr.Gallery`.
+
+    Returns:
+        `gr.Gallery`: The place; what is downloaded from it are PNG files.
+    """
+    return gr.Gallery(
+        label=label,
+        columns=columns,
+        interactive=False,
+        format="png",
+        object_fit="contain",
+        **({"height": "auto"} | options),
+    )
+
+
+def with_messages(function: Callable) -> Callable:
+    """
+    Make what is wrong a message on the page instead of a traceback.
+
+    Args:
+        function (`Callable`): What an event calls, a generator too.
+
+    Returns:
+        `Callable`: The same with messages.
+    """
+
+    def told(error: Exception) -> gr.Error:
+        if isinstance(error, torch.OutOfMemoryError):
+            return gr.Error("The device has not enough memory for this: ask for fewer images.", print_exception=False)
+        return gr.Error(str(error), title="That does not work", duration=20, print_exception=False)
+
+    expected = (ValueError, FloatingPointError, torch.OutOfMemoryError)
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            try:
+                yield from function(*args, **kwargs)
+            except expected as error:
+                raise told(error) from error
+
+        return generate
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except expected as error:
+            raise told(error) from error
+
+    return call
+
+
+def choices(names: Mapping[Any, str]) -> list[tuple[str, Any]]:
+    """
+    What `gr.Dropdown` takes.
+
+    Args:
+        names (`Mapping[Any, str]`): Words by value.
+
+    Returns:
+        `list[tuple[str, Any]]`: Words and values.
+    """
+    return [(words, value) for value, words in names.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """
+    What the controls of a run offer.
+
+    Args:
+        classes (`dict[int, str]`): Names by class index.
+        schemes (`Sequence[str]`): Some of `SCHEMES`.
+        solvers (`dict[str, str]`): Words by name of solver.
+        scheme (`str`): The scheme that is chosen at first.
+        defaults (`MAETokDiffusionPipeline`): Whose steps, scale and interval are there at first.
+    """
+
+    classes: dict[int, str]
+    schemes: Sequence[str]
+    solvers: dict[str, str]
+    scheme: str
+    defaults: MAETokDiffusionPipeline
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        """
+        Returns:
+            `dict[str, dict[str, Any]]`: By name of a control, its arguments that depend on the pipeline.
+        """
+        config, guided = self.defaults.config, self.scheme != NO_GUIDANCE
+        low, high = config.default_guidance_interval
+        return {
+            "class_index": {"choices": choices(self.classes), "value": next(iter(self.classes))},
+            "num_inference_steps": {"value": min(config.default_num_inference_steps, MAX_STEPS)},
+            "solver": {"choices": choices(self.solvers), "value": OWN_SOLVER},
+            "scheme": {
+                "choices": choices({scheme: SCHEMES[scheme] for scheme in self.schemes}),
+                "value": self.scheme,
+            },
+            "scale": {
+                "value": config.default_guidance_scale,
+                "maximum": max(MAX_SCALE_ON_SLIDER, config.default_guidance_scale),
+                "visible": guided,
+            },
+            "low": {"value": low, "visible": guided},
+            "high": {"value": high, "visible": guided},
+        }
+
+
+class RunControls:
+    """
+    The controls of a run: class, seed, steps, guidance, solver.
+
+    Args:
+        abilities ([`Abilities`]): What they offer.
+        num_images (`int`, *optional*): The number of images at first; without it there is no control for it, and runs
+            have one image.
+    """
+
+    def __init__(self, abilities: Abilities, num_images: int | None = None):
+        values = abilities.values()
+        self.components: dict[str, Any] = {}
+        add = self.components.__setitem__
+        add("class_index", gr.Dropdown(label="Class", filterable=True, **values["class_index"]))
+        with gr.Row():
+            add("seed", gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, min_width=100))
+            if num_images is not None:
+                slider = gr.Slider(1, MAX_IMAGES, num_images, step=1, label="Images", min_width=100)
+                add("num_images", slider)
+        steps = gr.Slider(1, MAX_STEPS, step=1, label="Steps", **values["num_inference_steps"])
+        add("num_inference_steps", steps)
+        add("solver", gr.Dropdown(label="Solver", **values["solver"]))
+        add("scheme", gr.Dropdown(label="Guidance", **values["scheme"]))
+        add("scale", gr.Slider(0.0, step=0.05, label="Scale (1 is no guidance)", **values["scale"]))
+        with gr.Row():
+            add("low", gr.Slider(0, 1, step=0.01, label="From time (0 is the image)", min_width=100, **values["low"]))
+            add("high", gr.Slider(0, 1, step=0.01, label="to time (1 is noise)", min_width=100, **values["high"]))
+        guided = [self.components[name] for name in ("scale", "low", "high")]
+        self.components["scheme"].change(
+            lambda scheme: [gr.update(visible=scheme != NO_GUIDANCE)] * 3,
+            self.components["scheme"],
+            guided,
+            **UNQUEUED,
+        )
+
+    @property
+    def inputs(self) -> list[Any]:
+        """`list`: The components, in the order in which [`~RunControls.settings`] takes their values."""
+        return list(self.components.values())
+
+    def settings(self, *values: Any) -> GenerationSettings:
+        """
+        What the controls ask for.
+
+        Args:
+            values: Values of `inputs`.
+
+        Returns:
+            [`GenerationSettings`]: Checked.
+
+        Raises:
+            ValueError: If a value is missing or out of range.
+        """
+        given = dict(zip(self.components, values, strict=True))
+        for name, value in given.items():
+            if value is None or value == []:
+                raise ValueError(f"The field '{self.components[name].label}' is empty: fill it in.")
+        interval = (given.pop("low"), given.pop("high"))
+        return GenerationSettings(**given, interval=interval)
+
+    def updates(self, abilities: Abilities) -> list[Any]:
+        """
+        What the controls become when another pipeline is chosen.
+
+        Args:
+            abilities ([`Abilities`]): What they offer then.
+
+        Returns:
+            `list`: An update of each of `inputs`.
+        """
+        values = abilities.values()
+        return [gr.update(**values.get(name, {})) for name in self.components]
+
+
+def abilities_of(pipe: MAETokDiffusionPipeline) -> Abilities:
+    """
+    What one pipeline can be asked for.
+
+    Args:
+        pipe ([`MAETokDiffusionPipeline`]): The pipeline.
+
+    Returns:
+        [`Abilities`]: That.
+    """
+    return Abilities(
+        classes=classes_of(pipe),
+        schemes=schemes_of(pipe),
+        solvers=solvers_of(pipe),
+        scheme=default_scheme(pipe),
+        defaults=pipe,
+    )
