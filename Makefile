@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := src tests examples benchmarks setup.py
+# One test file at a time on each of two processes. One compute thread each: the tests' models are tiny, and threads
+# that wait for each other while they spin would take the cores from the other process.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+SOURCES := src tests examples benchmarks docs setup.py
 
-.PHONY: demo study study-generators test test-slow quality style clean
+.PHONY: demo study study-generators docs test test-slow quality style clean
 
 # The stamp is remade when the requirements change; an interrupted installation leaves none and is repeated.
 $(VENV)/installed: setup.py pyproject.toml
@@ -34,13 +37,18 @@ study-generators: $(VENV)/installed
 study: $(VENV)/installed
 	$(BIN)/python examples/study_latents.py
 
+# The pages of docs/ with the reference made from the docstrings; a link that leads nowhere is an error.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "The documentation is in build/docs/index.html"
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(VENV)/installed
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' \
 		|| { echo "error: no Python.h, which torch.compile needs: apt-get install python3-dev"; exit 1; }
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -54,6 +54,7 @@ EXTRAS["dev"] = [
     "codespell>=2.3",
     # pytest 10 drops the class-scoped instance fixtures that diffusers' test mixins use
     "pytest>=8,<10",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
 ]
 
