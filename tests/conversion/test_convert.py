@@ -153,12 +153,15 @@ def test_corrupt_weights_are_refused(folder, damage):
 def test_tensors_of_the_wrong_shape_are_listed(folder):
     edit_weights(
         folder,
-        **{"encoder.mask_token": torch.zeros(1, 1, 64), "encoder.model.pos_embed": torch.zeros(1, 18, 128)},
+        **{"encoder.mask_token": torch.zeros(1, 1, 64), "decoder.model.norm.bias": torch.zeros(64)},
     )
     with pytest.raises(ValueError) as error:
         convert_autoencoder(folder)
     assert "encoder.mask_token: (1, 1, 64) instead of (1, 1, 128)" in str(error.value)
-    assert "encoder.pos_embed: (1, 18, 128) instead of (1, 17, 128)" in str(error.value)
+    assert "decoder.norm.bias: (64,) instead of (128,)" in str(error.value)
+    edit_weights(folder, **{"encoder.model.pos_embed": torch.zeros(1, 18, 128)})
+    with pytest.raises(ValueError, match="`image_size` = 64 asks for 17 entries .*, which has 18"):
+        convert_autoencoder(folder)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +175,10 @@ def test_configs_that_contradict_the_weights_are_refused(folder, entry):
 
 def test_impossible_statistics_are_refused(folder):
     edit_config(folder, vq_std=0.0)
-    with pytest.raises(ValueError, match="`latents_std`.*positive"):
+    with pytest.raises(ValueError, match="`vq_std` = 0.0, expected a positive"):
         convert_autoencoder(folder)
     edit_config(folder, vq_std=float("nan"))
-    with pytest.raises(ValueError, match="`latents_std`.*finite"):
+    with pytest.raises(ValueError, match="`vq_std` = nan, expected a finite"):
         convert_autoencoder(folder)
 
 
@@ -204,6 +207,131 @@ def test_checkpoints_of_the_other_kind_are_refused():
         convert_autoencoder(GOLDEN / "sit")
     with pytest.raises(ValueError, match="not in the authors' format"):
         convert_transformer(GOLDEN / "tokenizer_rope")
+
+
+# What strangers may send
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image_size": 10**9}, "`image_size` = 1000000000 asks for .* entries"),
+        ({"image_size": 10**40}, "`image_size` = a number of 41 digits, expected a finite number"),
+        ({"image_size": -16}, "`image_size` = -16, expected a positive number"),
+        ({"num_latent_tokens": 10**9}, "`num_latent_tokens` = 1000000000 asks for 1000000000 entries"),
+        ({"num_latent_tokens": -8}, "`num_latent_tokens` = -8, expected 0 or more"),
+        ({"codebook_embed_dim": "8"}, "`codebook_embed_dim` = '8'"),
+        ({"enc_patch_size": [16]}, r"`enc_patch_size` = \[16\]"),
+        ({"dec_patch_size": {"size": 16}}, "`dec_patch_size` = {'size': 16}"),
+        ({"rope_theta": float("inf")}, "`rope_theta` = inf"),
+        ({"rope_theta": float("nan")}, "`rope_theta` = nan"),
+        ({"rope_theta": -1.0}, "`rope_theta` must be positive"),
+        ({"dec_drop_path_rate": 1.5}, r"must lie in \[0, 1\), got 1.5"),
+        ({"vq_mean": 10**400}, "`vq_mean` = a number of 401 digits"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configs_of_strangers_build_nothing_that_the_weights_do_not_hold(folder, entry, message):
+    edit_config(folder, **entry)
+    with pytest.raises(ValueError, match=message):
+        convert_autoencoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"hidden_size": 10**9}, "`hidden_size` = 1000000000, the weights have 128"),
+        ({"depth": 3}, "`depth` = 3, the weights have 2"),
+        ({"in_channels": 4}, "`in_channels` = 4, the weights have 8"),
+        ({"input_size": 128}, "`input_size` = 128, the weights have 8"),
+        ({"mlp_ratio": 8.0}, "`mlp_ratio` = 8.0, the weights have 4"),
+        ({"depth": "2"}, "`depth` = '2'"),
+        ({"num_classes": 10**9}, "`num_classes` = 1000000000, but the class table has 1001 rows"),
+        ({"num_heads": -2}, "`num_heads` = -2, expected a positive number"),
+        ({"path_type": "../linear"}, "`path_type` = '../linear', expected 'linear' or 'cosine'"),
+        ({"class_dropout_prob": float("nan")}, "`class_dropout_prob` = nan"),
+        ({"class_dropout_prob": 2}, r"`class_dropout_prob` = 2, not in \[0, 1\]"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_transformer_configs_of_strangers_are_refused(entry, message):
+    config = json.loads((GOLDEN / "sit" / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        convert_transformer(GOLDEN / "sit", config={**config, **entry})
+
+
+def test_a_config_is_refused_before_the_weights_are_asked_for(folder):
+    (folder / "model.safetensors").unlink()
+    edit_config(folder, dec_patch_size="16")
+    with pytest.raises(ValueError, match="`dec_patch_size` = '16'"):
+        convert_autoencoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"image_size": ' + "9" * 5000 + "}", "not valid JSON"),
+        (" " * 2**20 + "{}", "has 1048578 bytes"),
+    ],
+    ids=["depth", "digits", "size"],
+)
+def test_configs_that_would_choke_a_parser_are_refused(folder, content, message):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        convert_autoencoder(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(folder, value):
+    edit_weights(folder, **{"encoder.mask_token": torch.full((1, 1, 128), value)})
+    with pytest.raises(ValueError, match="hold NaN or infinity: encoder.mask_token"):
+        convert_autoencoder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "last.pt"])
+def test_links_out_of_a_folder_are_refused(folder, tmp_path, name):
+    if name == "last.pt":
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
+    (folder / name).rename(tmp_path / "private")
+    (folder / name).symlink_to("../private")
+    with pytest.raises(OSError, match=f"{name} is a link to .*private, out of its folder"):
+        convert_autoencoder(folder)
+
+
+def test_links_within_a_folder_and_those_of_the_hubs_cache_are_followed(folder, tmp_path):
+    expected = convert_autoencoder(folder)
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    assert_same(convert_autoencoder(folder), expected)
+    snapshot, blobs = tmp_path / "repo" / "snapshots" / "abc", tmp_path / "repo" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "weights"):
+        (folder / name).rename(blobs / name)
+    (snapshot / "config.json").symlink_to("../../blobs/config.json")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/weights")
+    assert_same(convert_autoencoder(snapshot), expected)
+    (tmp_path / "linked").symlink_to(snapshot)
+    assert_same(convert_autoencoder(tmp_path / "linked"), expected)
+
+
+def test_what_is_no_file_is_not_opened(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")  # reading would wait forever
+    with pytest.raises(OSError, match=r"has no model\.safetensors"):
+        convert_autoencoder(folder)
+
+
+@pytest.mark.parametrize("name", ["org/../name", "../name", "org/name/../../x", "org//name", "a" * 200 + "/b"])
+def test_names_that_are_no_repositories_ask_nobody(name, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", fail)
+    with pytest.raises((OSError, ValueError)):
+        convert_autoencoder(name)
 
 
 # Training checkpoints

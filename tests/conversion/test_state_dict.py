@@ -7,13 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from maetok_hf import AutoencoderMAE, SiTTransformer1DModel
+from maetok_hf.conversion.configs import autoencoder_config, transformer_config
 from maetok_hf.conversion.state_dict import (
-    autoencoder_config,
     convert_autoencoder_state_dict,
     convert_transformer_state_dict,
     revert_autoencoder_state_dict,
     revert_transformer_state_dict,
-    transformer_config,
 )
 from tests.testing_utils import AUTOENCODER_FORMS, GOLDEN, tiny_autoencoder, tiny_transformer
 
@@ -57,53 +56,6 @@ def convert(name, drop=(), **extra):
     if name == "sit":
         return convert_transformer_state_dict(state_dict, transformer_config(config, state_dict))
     return convert_autoencoder_state_dict(state_dict, autoencoder_config(config, state_dict))
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizer_config_is_read_from_config_and_weights(name):
-    config, state_dict = load(name)
-    ours = autoencoder_config(config, state_dict)
-    assert {key: ours[key] for key in ("hidden_size", "decoder_hidden_size")} == {
-        "hidden_size": 128,
-        "decoder_hidden_size": 128,
-    }
-    assert ours["num_layers"] == ours["decoder_num_layers"] == 2
-    assert ours["num_attention_heads"] == ours["decoder_num_attention_heads"] == 2
-    assert ours["mlp_ratio"] == ours["decoder_mlp_ratio"] == 4.0
-    assert ours["sample_size"] == (96 if name.endswith("base_size") else 64)
-    assert (ours["patch_size"], ours["latent_channels"], ours["num_latent_tokens"]) == (16, 8, 8)
-    assert ours["position_embedding"] == ("absolute" if name.endswith("ape") else "rope")
-    assert ours["modulated_decoder"] == name.endswith("modulated")
-    assert ours["decoder_class_token"] == (name in ("tokenizer_ape", "tokenizer_rope"))
-    assert (ours["latents_mean"], ours["latents_std"], ours["rope_theta"]) == (0.0123, 1.234, 10.0)
-    assert ours["decoder_drop_path_rate"] == 0.0
-    assert autoencoder_config({**config, "dec_drop_path_rate": 0.05}, state_dict)["decoder_drop_path_rate"] == 0.05
-    AutoencoderMAE(**ours)
-
-
-def test_transformer_config_is_read_from_config_and_weights():
-    ours = transformer_config(*load("sit"))
-    assert ours == {
-        "sample_size": 8,
-        "in_channels": 8,
-        "num_layers": 2,
-        "num_attention_heads": 2,
-        "attention_head_dim": 64,
-        "mlp_ratio": 4.0,
-        "num_classes": 1000,
-        "class_dropout_prob": 0.1,
-        "path": "linear",
-    }
-
-
-def test_misleading_config_entries_are_not_believed():
-    """The configs name ViT-Base, a codebook, no absolute positions: the weights decide."""
-    config, state_dict = load("tokenizer_rope")
-    expected = autoencoder_config(config, state_dict)
-    misleading = {"use_ape", "codebook_size", "z_channels", "encoder_ch_mult", "tau", "use_cfg", "enc_pretrained"}
-    changed = {**config, **dict.fromkeys(misleading, "anything"), "encoder_model": "vit_giant"}
-    assert autoencoder_config(changed, state_dict) == expected
-    assert autoencoder_config({**config, "decoder_model": "vit_base_movq"}, state_dict)["modulated_decoder"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -267,73 +219,6 @@ def test_image_token_checkpoints_hold_no_latent_tokens():
         ours = convert_autoencoder_state_dict(stripped, ours_config)
         with torch.device("meta"):
             assert ours.keys() == AutoencoderMAE(**ours_config).state_dict().keys()
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"image_size": None}, "`image_size` = None, expected a value of type int"),
-        ({"image_size": 64.0}, "`image_size` = 64.0"),
-        ({"image_size": True}, "`image_size` = True"),
-        ({"image_size": 60}, "`image_size` = 60, not a positive multiple of 16"),
-        ({"image_size": -64}, "`image_size` = -64"),
-        ({"num_latent_tokens": "8"}, "`num_latent_tokens` = '8'"),
-        ({"codebook_embed_dim": 9}, "`codebook_embed_dim` = 9.*8 channels"),
-        ({"enc_patch_size": 8}, "`enc_patch_size` = 8.*side 16"),
-        ({"dec_patch_size": 8}, "`dec_patch_size` = 8.*side 16"),
-        ({"rope_mixed": False}, "`use_rope` without `rope_mixed`"),
-        ({"use_rope": "yes"}, "`use_rope` = 'yes'"),
-        ({"use_rope": 1}, "`use_rope` = 1"),
-        ({"rope_theta": "10"}, "`rope_theta` = '10'"),
-        ({"decoder_model": 5}, "`decoder_model` = 5"),
-        ({"dec_cls_token": "true"}, "`dec_cls_token` = 'true'"),
-        ({"vq_mean": "0"}, "`vq_mean` = '0'"),
-        ({"vq_std": [1.0]}, r"`vq_std` = \[1.0\]"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_wrong_tokenizer_config_entries_are_refused(entry, message):
-    config, state_dict = load("tokenizer_rope")
-    with pytest.raises(ValueError, match=message):
-        autoencoder_config({**config, **entry}, state_dict)
-
-
-@pytest.mark.parametrize(
-    "key", ["image_size", "num_latent_tokens", "codebook_embed_dim", "enc_patch_size", "dec_patch_size"]
-)
-def test_missing_tokenizer_config_entries_are_refused(key):
-    config, state_dict = load("tokenizer_rope")
-    del config[key]
-    with pytest.raises(ValueError, match=f"`{key}`"):
-        autoencoder_config(config, state_dict)
-
-
-def test_missing_statistics_stay_missing():
-    config, state_dict = load("tokenizer_rope")
-    del config["vq_mean"], config["vq_std"]
-    ours = autoencoder_config(config, state_dict)
-    assert ours["latents_mean"] is None and ours["latents_std"] is None
-
-
-@pytest.mark.parametrize(
-    ("entry", "message"),
-    [
-        ({"num_heads": 3}, "`num_heads` = 3, which does not divide the width 128"),
-        ({"num_heads": 0}, "`num_heads` = 0"),
-        ({"num_heads": "2"}, "`num_heads` = '2'"),
-        ({"num_classes": 999}, "`num_classes` = 999.*1001 rows"),
-        ({"num_classes": None}, "`num_classes` = None"),
-        ({"qk_norm": True}, "`qk_norm`"),
-        ({"patch_size": 2}, "`patch_size` = 2"),
-        ({"class_dropout_prob": "0.1"}, "`class_dropout_prob` = '0.1'"),
-        ({"path_type": 3}, "`path_type` = 3"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_wrong_transformer_config_entries_are_refused(entry, message):
-    config, state_dict = load("sit")
-    with pytest.raises(ValueError, match=message):
-        transformer_config({**config, **entry}, state_dict)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import ModelMixin
@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 from ..models.autoencoder_mae import AutoencoderMAE
 from ..models.transformer_sit import SiTTransformer1DModel
+from . import configs
 from . import state_dict as tables
 
 
 CONFIG_NAME = "config.json"
+_CONFIG_BYTES = 2**20  # the authors' configs take less than two thousand
 WEIGHTS_NAME = "model.safetensors"
 _PT_SUFFIXES = (".pt", ".pth")
 # where the authors' training code keeps weights inside a .pt checkpoint, best first
@@ -27,11 +29,26 @@ _PT_ENTRIES = ("ema", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
+def _check_link(folder: Path, file: Path) -> None:
+    """
+    Refuse a link that leads out of a folder: a snapshot of unknown origin could have any file of this machine read,
+    and uploaded. The Hub's cache links from its snapshots to its own blobs.
+    """
+    target, folder = file.resolve(), folder.resolve()
+    in_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    if file.is_symlink() and not (in_cache or target.is_relative_to(folder)):
+        raise OSError(
+            f"{file} is a link to {target}, out of its folder: put a copy in its place, or give the folder of the "
+            "file itself."
+        )
+
+
 def _resolve(path_or_repo_id: str | Path, name: str, revision: str | None, token: str | bool | None) -> Path:
     folder = Path(path_or_repo_id)
     if folder.is_dir():
         if not (folder / name).is_file():
             raise OSError(f"the folder {folder} has no {name}; a checkpoint in the authors' format has one.")
+        _check_link(folder, folder / name)
         return folder / name
     if folder.exists() or folder.is_absolute() or str(path_or_repo_id).startswith((".", "~")):
         raise OSError(f"{path_or_repo_id} is neither a folder nor a Hub repo id.")
@@ -44,8 +61,12 @@ def _resolve(path_or_repo_id: str | Path, name: str, revision: str | None, token
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _CONFIG_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: a config has less than {_CONFIG_BYTES}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON for a config: it is nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -87,18 +108,34 @@ def _read_pt(path: Path) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def _load(
+class _Files(NamedTuple):
+    """Where a checkpoint's config and weights are: the weights of a repository only after `weights()`."""
+
+    config: dict[str, Any]
+    weights: Callable[[], Path]
+
+
+def _find_weights_in(folder: Path) -> Path | None:
+    """The training checkpoint of a folder that has one instead of the Hub's format."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return None
+    training = sorted(file for file in folder.iterdir() if file.suffix in _PT_SUFFIXES)
+    if len(training) > 1:
+        raise ValueError(
+            f"{folder} has no {WEIGHTS_NAME} but several training checkpoints, "
+            f"{', '.join(file.name for file in training)}: pass the path of one of them."
+        )
+    if training:
+        _check_link(folder, training[0])
+    return training[0] if training else None
+
+
+def _find(
     path_or_repo_id: str | Path, config: Mapping[str, Any] | None, revision: str | None, token: str | bool | None
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+) -> _Files:
     path = Path(path_or_repo_id)
-    if path.is_dir() and not (path / WEIGHTS_NAME).is_file():
-        training = sorted(file for file in path.iterdir() if file.suffix in _PT_SUFFIXES)
-        if len(training) > 1:
-            raise ValueError(
-                f"{path} has no {WEIGHTS_NAME} but several training checkpoints, "
-                f"{', '.join(file.name for file in training)}: pass the path of one of them."
-            )
-        path = training[0] if training else path
+    if path.is_dir():
+        path = _find_weights_in(path) or path
     if path.suffix in _PT_SUFFIXES and not path.is_dir():
         if not path.is_file():
             raise OSError(f"there is no file {path}.")
@@ -108,14 +145,19 @@ def _load(
                     f"a .pt checkpoint needs the model's config: pass `config` or put {CONFIG_NAME} beside {path}."
                 )
             config = _read_config(path.parent / CONFIG_NAME)
-        return dict(config), _read_pt(path)
+        return _Files(dict(config), lambda: path)
 
     config = _read_config(_resolve(path_or_repo_id, CONFIG_NAME, revision, token)) if config is None else dict(config)
-    weights = _resolve(path_or_repo_id, WEIGHTS_NAME, revision, token)
+    return _Files(config, lambda: _resolve(path_or_repo_id, WEIGHTS_NAME, revision, token))
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix in _PT_SUFFIXES:
+        return _read_pt(path)
     try:
-        return config, load_file(weights)
+        return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{weights} is not a readable safetensors file ({error}): download it again.") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): download it again.") from error
 
 
 def _build(model_class: type[ModelMixin], config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> ModelMixin:
@@ -132,6 +174,9 @@ def _build(model_class: type[ModelMixin], config: dict[str, Any], state_dict: di
     not_floating = [f"{key}: {value.dtype}" for key, value in state_dict.items() if not value.is_floating_point()]
     if not_floating:
         raise ValueError(f"tensors of the checkpoint are not floating-point numbers: {'; '.join(not_floating)}.")
+    not_finite = [key for key, value in state_dict.items() if not value.float().isfinite().all()]
+    if not_finite:
+        raise ValueError(f"tensors of the checkpoint hold NaN or infinity: {'; '.join(not_finite)}.")
     # the authors store some checkpoints in half precision; copies, so that no tensor shares memory with another
     state_dict = {key: value.to(torch.float32, copy=True).contiguous() for key, value in state_dict.items()}
     model.load_state_dict(state_dict, strict=True, assign=True)
@@ -140,18 +185,57 @@ def _build(model_class: type[ModelMixin], config: dict[str, Any], state_dict: di
     return model.eval()
 
 
-def _convert(
-    model_class: type[ModelMixin],
-    map_config: Callable,
-    map_state_dict: Callable,
-    path_or_repo_id: str | Path,
-    config: Mapping[str, Any] | None,
-    revision: str | None,
-    token: str | bool | None,
-) -> ModelMixin:
-    authors_config, authors_state_dict = _load(path_or_repo_id, config, revision, token)
-    model_config = map_config(authors_config, authors_state_dict)
-    return _build(model_class, model_config, map_state_dict(authors_state_dict, model_config))
+class AuthorsCheckpoint:
+    """
+    A checkpoint in the authors' format, of which nothing but the config is read before `convert`.
+
+    Args:
+        kind (`str`): `"tokenizer"` or `"transformer"`.
+        path_or_repo_id (`str` or `Path`): As for [`convert_autoencoder`].
+        config (`Mapping`, *optional*): The authors' config, instead of the `config.json` beside the weights.
+        revision (`str`, *optional*): Revision of the Hub repo.
+        token (`str` or `bool`, *optional*): Hub token.
+
+    Attributes:
+        config (`dict[str, Any]`): The authors' config.
+        state_dict (`dict[str, torch.Tensor]`): Weights under the authors' names, once they are read.
+
+    Raises:
+        OSError: If the config cannot be found.
+        ValueError: If it is corrupt, or an entry has an unexpected type or value.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        path_or_repo_id: str | Path,
+        config: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ):
+        self.kind = kind
+        self.config, self._find_weights = _find(path_or_repo_id, config, revision, token)
+        self.state_dict: dict[str, torch.Tensor] = {}
+        read = configs.read_autoencoder_entries if kind == "tokenizer" else configs.read_transformer_entries
+        read(self.config)
+
+    def convert(self) -> AutoencoderMAE | SiTTransformer1DModel:
+        """
+        Read the weights and build the model.
+
+        Returns:
+            [`AutoencoderMAE`] or [`SiTTransformer1DModel`]: In float32 and evaluation mode.
+
+        Raises:
+            OSError: If the weights cannot be found.
+            ValueError: If they are corrupt, or do not fit the config or the tables.
+        """
+        self.state_dict = _read_weights(self._find_weights())
+        if self.kind == "tokenizer":
+            config = configs.autoencoder_config(self.config, self.state_dict)
+            return _build(AutoencoderMAE, config, tables.convert_autoencoder_state_dict(self.state_dict, config))
+        config = configs.transformer_config(self.config, self.state_dict)
+        return _build(SiTTransformer1DModel, config, tables.convert_transformer_state_dict(self.state_dict, config))
 
 
 def convert_autoencoder(
@@ -179,8 +263,7 @@ def convert_autoencoder(
         ValueError: If a key is missing or unknown (the message lists them), a shape or a config entry does not fit, or
             a file is corrupt.
     """
-    maps = tables.autoencoder_config, tables.convert_autoencoder_state_dict
-    return _convert(AutoencoderMAE, *maps, path_or_repo_id, config, revision, token)
+    return AuthorsCheckpoint("tokenizer", path_or_repo_id, config, revision, token).convert()
 
 
 def convert_transformer(
@@ -208,5 +291,4 @@ def convert_transformer(
         ValueError: If a key is missing or unknown (the message lists them), a shape or a config entry does not fit, or
             a file is corrupt.
     """
-    maps = tables.transformer_config, tables.convert_transformer_state_dict
-    return _convert(SiTTransformer1DModel, *maps, path_or_repo_id, config, revision, token)
+    return AuthorsCheckpoint("transformer", path_or_repo_id, config, revision, token).convert()

@@ -1,4 +1,4 @@
-"""Key tables between the authors' checkpoints and this library's models, and the mapping of their configs.
+"""Key tables between the authors' checkpoints and this library's models.
 
 Everything here is a pure function of dictionaries, strict in both directions: a key that the tables do not know, or
 one that is missing, is an error that lists it. What the authors' training code saves next to the model is dropped by
@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-
-HEAD_DIM = 64  # of every ViT in the authors' tokenizers; widths and depths are read from the weights
 
 # Saved by the authors' code but not part of the model at inference, by exact name or by prefix.
 _DROPPED_KEYS = {
@@ -196,84 +194,6 @@ def _drop_training_only(state_dict: Mapping[str, torch.Tensor], dropped: set[str
     return {k: v for k, v in state_dict.items() if k not in dropped and not k.startswith(_DROPPED_PREFIXES)}
 
 
-def _number(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    value = config.get(key, default)
-    ok = isinstance(value, bool) if kind is bool else isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not ok:
-        raise ValueError(f"the authors' config has `{key}` = {value!r}, expected a value of type {kind.__name__}.")
-    return value
-
-
-def autoencoder_config(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """
-    The [`AutoencoderMAE`] config of an authors' tokenizer.
-
-    Args:
-        config (`Mapping`): The authors' `config.json`.
-        state_dict (`Mapping[str, torch.Tensor]`): Their weights, from which widths and depths are read.
-
-    Returns:
-        `dict`: Keyword arguments of [`AutoencoderMAE`].
-
-    Raises:
-        ValueError: If an entry has an unexpected type or value, or contradicts the weights.
-    """
-    width, in_channels, patch_size, patch_width = _shape(state_dict, "encoder.model.patch_embed.proj.weight", 4)
-    if patch_width != patch_size:
-        raise ValueError(f"the patch embedding's patches are {patch_size} x {patch_width} pixels: not square.")
-    decoder_width, latent_channels = _shape(state_dict, "post_quant_conv.weight")
-    image_size = _number(config, "image_size", int)
-    num_latent_tokens = _number(config, "num_latent_tokens", int)
-    use_rope = _number(config, "use_rope", bool, False)
-    if use_rope and not _number(config, "rope_mixed", bool, False):
-        raise ValueError(
-            "the config has `use_rope` without `rope_mixed`: that form never worked in the authors' code, so no "
-            "checkpoint can be converted faithfully."
-        )
-    decoder_model = config.get("decoder_model", "")
-    if not isinstance(decoder_model, str):
-        raise ValueError(f"the authors' config has `decoder_model` = {decoder_model!r}, expected a string.")
-    for key in ("enc_patch_size", "dec_patch_size"):
-        if _number(config, key, int) != patch_size:
-            raise ValueError(f"the config has `{key}` = {config[key]}, but the patch embedding has side {patch_size}.")
-    if _number(config, "codebook_embed_dim", int) != latent_channels:
-        raise ValueError(
-            f"the config has `codebook_embed_dim` = {config['codebook_embed_dim']}, but the decoder takes "
-            f"{latent_channels} channels."
-        )
-    if image_size <= 0 or image_size % patch_size != 0:
-        raise ValueError(f"the config has `image_size` = {image_size}, not a positive multiple of {patch_size}.")
-    for name, size in (("encoder", width), ("decoder", decoder_width)):
-        if size % HEAD_DIM != 0:
-            raise ValueError(f"the {name}'s width {size} is not a multiple of the head size {HEAD_DIM}.")
-
-    return {
-        "sample_size": image_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "out_channels": _shape(state_dict, "decoder.to_pixel.model.weight")[0] // patch_size**2,
-        "latent_channels": latent_channels,
-        "num_latent_tokens": num_latent_tokens,
-        "hidden_size": width,
-        "num_layers": _count_blocks(state_dict, "encoder.model."),
-        "num_attention_heads": width // HEAD_DIM,
-        "mlp_ratio": _shape(state_dict, "encoder.model.blocks.0.mlp.fc1.weight")[0] / width,
-        "decoder_hidden_size": decoder_width,
-        "decoder_num_layers": _count_blocks(state_dict, "decoder.model."),
-        "decoder_num_attention_heads": decoder_width // HEAD_DIM,
-        "decoder_mlp_ratio": _shape(state_dict, "decoder.model.blocks.0.mlp.fc1.weight")[0] / decoder_width,
-        "position_embedding": "rope" if use_rope else "absolute",
-        "rope_theta": _number(config, "rope_theta", float, 10.0),
-        "modulated_decoder": "movq" in decoder_model,
-        "decoder_class_token": _number(config, "dec_cls_token", bool, True),
-        # without effect at inference, for those who train on
-        "decoder_drop_path_rate": _number(config, "dec_drop_path_rate", float, 0.0),
-        # absent from some training checkpoints: the model then says so where they are needed
-        "latents_mean": None if config.get("vq_mean") is None else _number(config, "vq_mean", float),
-        "latents_std": None if config.get("vq_std") is None else _number(config, "vq_std", float),
-    }
-
-
 def convert_autoencoder_state_dict(
     state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
@@ -282,7 +202,7 @@ def convert_autoencoder_state_dict(
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): The authors' weights.
-        config (`Mapping`): The converted config, of [`autoencoder_config`].
+        config (`Mapping`): The converted config, of [`~conversion.configs.autoencoder_config`].
 
     Returns:
         `dict[str, torch.Tensor]`: A complete state dict.
@@ -360,57 +280,6 @@ def revert_autoencoder_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dic
     return result
 
 
-def transformer_config(config: Mapping[str, Any], state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """
-    The [`SiTTransformer1DModel`] config of an authors' SiT.
-
-    Args:
-        config (`Mapping`): The authors' `config.json`.
-        state_dict (`Mapping[str, torch.Tensor]`): Their weights.
-
-    Returns:
-        `dict`: Keyword arguments of [`SiTTransformer1DModel`].
-
-    Raises:
-        ValueError: If an entry has an unexpected type or value, or contradicts the weights.
-    """
-    width, in_channels = _shape(state_dict, "x_embedder.weight")
-    _, sample_size, _ = _shape(state_dict, "pos_embed", 3)
-    path = config.get("path_type", "linear")
-    if not isinstance(path, str):
-        raise ValueError(f"the authors' config has `path_type` = {path!r}, expected a string.")
-    num_heads = _number(config, "num_heads", int)
-    num_classes = _number(config, "num_classes", int)
-    if _number(config, "qk_norm", bool, False):
-        raise ValueError("the config has `qk_norm` = true, which the published SiT models do not use: not supported.")
-    if _number(config, "patch_size", int, 1) != 1:
-        raise ValueError(f"the config has `patch_size` = {config['patch_size']}: on 1D latents it must be 1.")
-    if num_heads <= 0 or width % num_heads != 0:
-        raise ValueError(f"the config has `num_heads` = {num_heads}, which does not divide the width {width}.")
-    embeddings = _shape(state_dict, "y_embedder.embedding_table.weight")[0]
-    if embeddings != num_classes + 1:
-        raise ValueError(
-            f"the config has `num_classes` = {num_classes}, but the class table has {embeddings} rows; it must "
-            f"have one "
-            "more than there are classes, the null class."
-        )
-    if _shape(state_dict, "final_layer.linear.weight")[0] != in_channels:
-        raise ValueError(
-            "the final layer predicts more than the velocity: models with learned variance are not SiT's."
-        )
-    return {
-        "sample_size": sample_size,
-        "in_channels": in_channels,
-        "num_layers": _count_blocks(state_dict, ""),
-        "num_attention_heads": num_heads,
-        "attention_head_dim": width // num_heads,
-        "mlp_ratio": _shape(state_dict, "blocks.0.mlp.fc1.weight")[0] / width,
-        "num_classes": num_classes,
-        "class_dropout_prob": _number(config, "class_dropout_prob", float, 0.1),
-        "path": path.lower(),
-    }
-
-
 def convert_transformer_state_dict(
     state_dict: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
@@ -419,7 +288,7 @@ def convert_transformer_state_dict(
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): The authors' weights.
-        config (`Mapping`): The converted config, of [`transformer_config`].
+        config (`Mapping`): The converted config, of [`~conversion.configs.transformer_config`].
 
     Returns:
         `dict[str, torch.Tensor]`: A complete state dict.
