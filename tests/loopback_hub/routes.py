@@ -352,5 +352,6 @@ def answer(hub: LoopbackHub, request: Request) -> Answer:
         if not names:
             return route(hub, request, *groups)
         name = groups[0].removeprefix("models/") if "api" in names else groups[0]
-        return route(hub, request, hub.repository(name, request.token, writes), *groups[1:])
+        repository = hub.repository(name, request.token, writes, reads_files=route is resolve)
+        return route(hub, request, repository, *groups[1:])
     raise Refusal(404, f"no route {line}")

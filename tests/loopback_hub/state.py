@@ -89,14 +89,15 @@ class LoopbackHub:
             "HF_TOKEN": token or "",
         }
 
-    def repository(self, name: str, token: str | None, writes: bool = False) -> Repository:
-        """A repository for the bearer of a token, who may not learn that it exists if it is private."""
+    def repository(self, name: str, token: str | None, writes: bool = False, reads_files: bool = False) -> Repository:
+        """A repository for the bearer of a token, who may not learn that it exists if it is private, nor read the
+        files of one that is gated."""
         repository = self.repositories.get(name)
         owner = repository is not None and repository.repo_id.split("/")[0] == USER and token is not None
         if repository is None or (repository.private and not owner):
             # without a token the Hub answers 401 for all that it does not show
             raise Refusal(404 if token else 401, "Repository not found", "RepoNotFound")
-        if repository.gated and token not in repository.accepted and not owner:
+        if reads_files and repository.gated and token not in repository.accepted and not owner:
             raise Refusal(
                 403 if token else 401,
                 f"Access to model {repository.repo_id} is restricted. You must have access to it and be "

@@ -1,6 +1,7 @@
 """The MAETok tokenizer: images to a short sequence of continuous tokens and back."""
 
 import math
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -18,10 +19,24 @@ from torch import nn
 
 from .embeddings import resample_position_embedding
 from .layers import compile_apart
+from .model_card import ModelCardMixin, config_settings
 from .vit import ViTDecoder, ViTEncoder
 
 
 POSITION_EMBEDDINGS = ("rope", "absolute")
+
+
+_CARD_CODE = """\
+import torch
+from diffusers.utils import load_image
+from maetok_hf import AutoencoderMAE
+from maetok_hf.data import ImageTransform
+
+vae = AutoencoderMAE.from_pretrained("{repo_id}")
+pixels = ImageTransform(vae.config.sample_size)(load_image("image.png")).unsqueeze(0)  # in [-1, 1]
+with torch.no_grad():
+    latents = vae.encode(pixels).latent{posterior}
+    reconstruction = vae.decode(latents).sample"""
 
 
 class TokenGaussianDistribution(DiagonalGaussianDistribution):
@@ -59,7 +74,7 @@ class TokenGaussianDistribution(DiagonalGaussianDistribution):
         return 0.5 * terms.sum(dim=dims)
 
 
-class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderMAE(ModelCardMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     r"""
     MAETok, the masked autoencoder as a 1D image tokenizer ([arXiv
     2502.03444](https://huggingface.co/papers/2502.03444)).
@@ -433,3 +448,23 @@ class AutoencoderMAE(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
             encoded = encoded.sample(generator) if sample_posterior else encoded.mode()
         height, width = sample.shape[-2:]
         return self.decode(encoded, height, width, return_dict=return_dict)
+
+    def _card_facts(self, repo_id: str) -> dict[str, Any]:
+        config = self.config
+        tokens = config.num_latent_tokens or "one per patch"
+        posterior = "_dist.mode()" if config.gaussian_posterior else ""
+        return {
+            "summary": (
+                f"A one-dimensional image tokenizer (`{type(self).__name__}`): an autoencoder that turns an image of "
+                f"{config.sample_size} pixels into tokens ({tokens}) of {config.latent_channels} channels, for "
+                "diffusion models to generate."
+            ),
+            "code": _CARD_CODE.format(repo_id=repo_id, posterior=posterior),
+            "settings": config_settings(self),
+            "limits": [
+                "Images unlike the training data are reconstructed less well, small text and faces first.",
+                "The latents carry the biases of the training data into every model that is trained on them.",
+            ],
+            "tags": ["image-tokenizer", "autoencoder"],
+            "pipeline_tag": "image-feature-extraction",
+        }

@@ -1,5 +1,7 @@
 """What the generators share: conditioning on time, class and guidance temperature, checks, the adaLN-Zero frame."""
 
+from typing import Any
+
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.attention import AttentionMixin
@@ -12,9 +14,10 @@ from torch import nn
 from .embeddings import sincos_position_embedding
 from .layers import Modulation, TransformerBlock, build_norm, run_block
 from .lora import LoraFusingMixin
+from .model_card import ModelCardMixin, config_settings
 
 
-class LatentTransformer1DModel(ModelMixin, AttentionMixin, LoraFusingMixin, CacheMixin, ConfigMixin):
+class LatentTransformer1DModel(ModelCardMixin, ModelMixin, AttentionMixin, LoraFusingMixin, CacheMixin, ConfigMixin):
     """
     Base of the class-conditional velocity models of latent token sequences; not a model by itself.
 
@@ -51,6 +54,30 @@ class LatentTransformer1DModel(ModelMixin, AttentionMixin, LoraFusingMixin, Cach
             raise ValueError(f"`class_dropout_prob` must lie in [0, 1], got {config.class_dropout_prob}.")
         if config.path not in ("linear", "cosine"):
             raise ValueError(f"`path` must be 'linear' or 'cosine', got {config.path!r}.")
+
+    def _card_facts(self, repo_id: str) -> dict[str, Any]:
+        name, config = type(self).__name__, self.config
+        return {
+            "summary": (
+                f"A class-conditional diffusion transformer (`{name}`) on the latents of an image tokenizer, "
+                f"{config.sample_size} tokens of {config.in_channels} channels: {config.num_layers} layers of width "
+                f"{self.hidden_size}, {config.num_classes} classes."
+            ),
+            "code": (
+                f"from maetok_hf import MAETokDiffusionPipeline, {name}\n\n"
+                f'transformer = {name}.from_pretrained("{repo_id}")\n'
+                "# the pipeline whose latents and classes it was trained on\n"
+                'pipe = MAETokDiffusionPipeline.from_pretrained("path/to/pipeline", transformer=transformer)\n'
+                "image = pipe(class_labels=0).images[0]"
+            ),
+            "settings": config_settings(self),
+            "limits": [
+                f"It generates the {config.num_classes} classes that it was trained on, and nothing that a text could "
+                "ask for.",
+                "It makes sense with the tokenizer, and the statistics of its latents, that it was trained with.",
+            ],
+            "tags": ["diffusion-transformer", "class-conditional-image-generation"],
+        }
 
     # Changing a trained model
 

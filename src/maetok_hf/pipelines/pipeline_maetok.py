@@ -15,10 +15,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.autoencoder_mae import AutoencoderMAE
 from ..models.latents import check_latent_statistics, denormalize_latents
+from ..models.model_card import ModelCardMixin
 from ..models.transformer_lightning_dit import LightningDiTTransformer1DModel
 from ..models.transformer_sit import SiTTransformer1DModel
 from ..models.transformer_usit import USiTTransformer1DModel
 from ..schedulers.scheduling_flow_match_euler_maruyama import FlowMatchEulerMaruyamaScheduler
+from .card import card_facts
 from .components import check_guidance_transformer, check_scheduler, check_transformer
 from .guidance import (
     DEFAULT_GUIDANCE_SCALE,
@@ -53,7 +55,7 @@ def _evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class MAETokDiffusionPipeline(DiffusionPipeline):
+class MAETokDiffusionPipeline(ModelCardMixin, DiffusionPipeline):
     r"""
     Class-conditional image generation on MAETok latents ([arXiv
     2502.03444](https://huggingface.co/papers/2502.03444)).
@@ -130,6 +132,23 @@ class MAETokDiffusionPipeline(DiffusionPipeline):
         pipeline without one."""
         self.register_modules(guidance_transformer=self.guidance_transformer)
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """As [`DiffusionPipeline.download`], which leaves the Hub's reason for a refusal to the stack trace."""
+        try:
+            return super().download(pretrained_model_name, **kwargs)
+        except OSError as error:
+            if type(error) is not OSError or error.__cause__ is None:  # the Hub's own words
+                raise
+            reason = " ".join(str(error.__cause__).split())
+            raise OSError(
+                f"the pipeline {pretrained_model_name!r} could not be loaded from the Hub, and is not in the cache: "
+                f"{reason}"
+            ) from error.__cause__
+
+    def _card_facts(self, repo_id: str) -> dict[str, Any]:
+        return card_facts(self, repo_id)
 
     @property
     def id2label(self) -> dict[int, str] | None:
