@@ -62,7 +62,7 @@ def classes_of(pipe: MAETokDiffusionPipeline) -> dict[int, str]:
     """
     config = pipe.transformer.config
     names = pipe.id2label or {}
-    classes = {index: names.get(index, f"class {index}") for index in range(config.num_classes)}
+    classes = {index: names.get(index, str(index)) for index in range(config.num_classes)}
     return classes | ({NO_CLASS: "no class (unconditional)"} if config.class_dropout_prob > 0 else {})
 
 

@@ -13,7 +13,8 @@ from .generation import sample
 from .widgets import QUEUED, Abilities, RunControls, picture, with_messages
 
 
-PROGRESS = gr.Progress()  # in a signature: Gradio gives each call its own
+# Gradio puts the progress of a call in the place of this default
+PROGRESS = gr.Progress()
 HELP = """
 Both images have the same class and seed. Which pipeline is on which side is drawn from the seed, and told after your
 vote. The images of the first pair have the seed that you choose, those of the next pair the next seed, and so on.
@@ -99,8 +100,8 @@ def compare_tab(first: LoadedPipeline, second: LoadedPipeline) -> None:
             ask = gr.Button("Show a pair", variant="primary", elem_id="next-pair")
             status = gr.Markdown("No pair yet.", elem_id="compare-status")
             with gr.Row():
-                left = picture("Left", height=320, min_width=140, elem_id="left")
-                right = picture("Right", height=320, min_width=140, elem_id="right")
+                left = picture("Left", height=320, elem_id="left")
+                right = picture("Right", height=320, elem_id="right")
             with gr.Row():
                 votes = {
                     vote: gr.Button(words, interactive=False, elem_id=f"vote-{vote}", min_width=100)
@@ -112,7 +113,7 @@ def compare_tab(first: LoadedPipeline, second: LoadedPipeline) -> None:
                 as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="as-csv")
 
     @with_messages
-    def show_pair(comparison: Comparison, *values: Any, progress: gr.Progress = PROGRESS) -> tuple:
+    def show_pair(comparison: Comparison, progress: gr.Progress = PROGRESS, *values: Any) -> tuple:
         comparison = comparison.next_pair(controls.settings(*values), classes)
         pair = comparison.pairs[-1]
         images = []
@@ -123,7 +124,7 @@ def compare_tab(first: LoadedPipeline, second: LoadedPipeline) -> None:
 
             images += sample(pipe, pair.settings, report)
         sides = images if pair.first_is_left else images[::-1]
-        text = f"Pair {pair.number + 1}: {pair.class_name}, seed {pair.settings.seed}. **Which one is better?**"
+        text = f"Pair {pair.number + 1}: class {pair.class_name}, seed {pair.settings.seed}. **Which one is better?**"
         return comparison, text, *sides, *[gr.update(interactive=True)] * len(votes), gr.update(value="Show a pair")
 
     def voter(vote: str) -> Any:

@@ -12,7 +12,8 @@ from .reconstruction import open_upload
 from .widgets import QUEUED, RunControls, abilities_of, choices, gallery, image_field, with_messages
 
 
-PROGRESS = gr.Progress()  # in a signature: Gradio gives each call its own
+# Gradio puts the progress of a call in the place of this default
+PROGRESS = gr.Progress()
 IMAGES_HELP = """
 Both images are encoded; the pictures are decoded from points on the straight line between their latents. The ends are
 their reconstructions.
@@ -53,8 +54,13 @@ def interpolate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
         with gr.Tab("Two classes"):
             with gr.Row(equal_height=False):
                 with gr.Column(scale=1, min_width=280):
-                    controls = RunControls(abilities_of(pipelines[0].pipe))
-                    second_class = gr.Dropdown(label="Second class", **second_class_options(pipelines[0]))
+                    second_class = gr.Dropdown(
+                        label="Second class",
+                        render=False,
+                        elem_id="second-class",
+                        **second_class_options(pipelines[0]),
+                    )
+                    controls = RunControls(abilities_of(pipelines[0].pipe), below_class=second_class)
                     class_count = gr.Slider(MIN_PICTURES, MAX_PICTURES, 8, step=1, label="Pictures")
                     class_start = gr.Button("Interpolate classes", variant="primary", elem_id="interpolate-classes")
                 with gr.Column(scale=2, min_width=300):
@@ -69,7 +75,7 @@ def interpolate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
         return _with_weights(interpolate_images(pipelines[index].pipe, *ends, count))
 
     @with_messages
-    def classes_between(index: int, second: int, count: int, *values: Any, progress: gr.Progress = PROGRESS) -> list:
+    def classes_between(index: int, second: int, count: int, progress: gr.Progress = PROGRESS, *values: Any) -> list:
         def report(done: int, total: int) -> None:
             progress((done, total), unit="steps")
 

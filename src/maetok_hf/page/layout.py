@@ -18,9 +18,17 @@ MAX_QUEUE = 64
 # images of at most this size are shown with their pixels, not blurred
 PIXEL_ART_SIZE = 128
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container > main { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #header h1 { margin: 0; }
 #header p { margin: 0.2em 0 0; opacity: 0.75; }
+/* small pictures fill their place, too */
+.picture img { width: 100% !important; height: 100% !important; object-fit: contain; }
+/* galleries are as high as their pictures, and as many stand in a row as fit */
+.grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important; }
+#denoising .grid-container, #tokens .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important;
+}
 """
 # seconds between two looks for old files, and the age at which they go: those of a page that is open for a day
 DELETE_CACHE = (3600, 86400)

@@ -48,17 +48,18 @@ def reconstruct_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
         with gr.Column(scale=2, min_width=300):
             status = gr.Markdown("No image yet.", elem_id="reconstruct-status")
             with gr.Row():
-                original = picture("What the model sees", min_width=140, elem_id="original")
-                decoded = picture("Reconstruction", min_width=140, elem_id="reconstruction")
-                difference = picture("Difference", min_width=140, elem_id="difference")
-            latent = picture("Token latent: one column a token, one row a channel", height=320, elem_id="latent")
+                original = picture("What the model sees", height=220, elem_id="original")
+                decoded = picture("Reconstruction", height=220, elem_id="reconstruction")
+                difference = picture("Difference", height=220, elem_id="difference")
+            latent = picture("Token latent: a column is a token, a row is a channel", elem_id="latent")
             explain = gr.Button("Show which token is what", interactive=False, elem_id="explain")
-            tokens = gallery("Tokens", 8, visible=False, elem_id="tokens")
-            help_text = gr.Markdown(TOKENS_HELP, visible=False)
+            with gr.Column(visible=False) as token_panel:
+                tokens = gallery("Tokens", 8, elem_id="tokens")
+                gr.Markdown(TOKENS_HELP)
 
     @with_messages
     def show(index: int, path: str | None) -> tuple:
-        hidden = [gr.update(value=None, visible=False), gr.update(visible=False)]
+        hidden = [None, gr.update(visible=False)]
         if path is None:
             return None, "No image yet.", None, None, None, None, gr.update(interactive=False), *hidden
         pipe = pipelines[index].pipe
@@ -87,9 +88,9 @@ def reconstruct_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
         for part in token_effects(pipelines[index].pipe, raw):
             effects.append(part)
             maps = token_maps(np.concatenate(effects))
-            yield gr.update(value=maps, visible=True), gr.update(visible=True)
+            yield maps, gr.update(visible=True)
 
-    outputs = [shown, status, original, decoded, difference, latent, explain, tokens, help_text]
+    outputs = [shown, status, original, decoded, difference, latent, explain, tokens, token_panel]
     for trigger in (upload.change, chosen.change):
         trigger(show, [chosen, upload], outputs, show_progress="minimal", **QUEUED)
-    explain.click(explain_tokens, shown, [tokens, help_text], show_progress="minimal", **QUEUED)
+    explain.click(explain_tokens, shown, [tokens, token_panel], show_progress="minimal", **QUEUED)

@@ -140,12 +140,14 @@ def make_app(page: "gr.Blocks", css: str) -> Any:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     app.add_middleware(SecurityHeaders)
+    # of Gradio's own files; the half-bold one that it ships, and takes by default, lacks most letters
+    font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
     return gr.mount_gradio_app(
         app,
         page,
         path="/",
         css=css,
-        theme=gr.themes.Default(primary_hue="blue", secondary_hue="blue"),
+        theme=gr.themes.Default(primary_hue="blue", secondary_hue="blue", font=(font, "system-ui", "sans-serif")),
         footer_links=[],
         run_history=False,
         enable_monitoring=False,

@@ -21,38 +21,25 @@ UNQUEUED: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visi
 MAX_SCALE_ON_SLIDER = 5.0
 
 
-class ImageField(gr.Image):
-    """A field for an image whose file is handed on unread: Gradio would decode it, with less care."""
-
-    is_template = True  # a `gr.Image` for the browser
-
-    def preprocess(self, payload: Any) -> str | None:
-        """
-        Args:
-            payload (`Any`): What the browser sent.
-
-        Returns:
-            `str` or `None`: Path of the file in the server's folder of uploads.
-        """
-        return None if payload is None else payload.path
-
-
-def image_field(label: str) -> ImageField:
+def image_field(label: str) -> gr.Image:
     """
-    A field to drop an image into.
+    A field to drop an image into, whose value is the path of the file in the server's folder of uploads.
 
     Args:
         label (`str`): What it is called.
 
     Returns:
-        [`ImageField`]: The field.
+        `gr.Image`: The field.
     """
-    return ImageField(label=label, sources=["upload", "clipboard"], height=260)
+    field = gr.Image(label=label, sources=["upload", "clipboard"], height=260)
+    # Gradio would decode the file itself, with less care. (It writes a .pyi file next to every subclass.)
+    field.preprocess = lambda payload: None if payload is None else payload.path
+    return field
 
 
 def picture(label: str, **options: Any) -> gr.Image:
     """
-    A place for a picture.
+    A place for a picture under a heading.
 
     Args:
         label (`str`): What it is called.
@@ -61,14 +48,22 @@ def picture(label: str, **options: Any) -> gr.Image:
     Returns:
         `gr.Image`: The place; what is downloaded from it is a PNG file.
     """
-    return gr.Image(
-        label=label, interactive=False, format="png", buttons=["download", "fullscreen"], **({"height": 260} | options)
-    )
+    with gr.Column(min_width=140):
+        gr.Markdown(f"**{label}**")
+        return gr.Image(
+            label=label,
+            show_label=False,  # Gradio puts it over the picture
+            interactive=False,
+            format="png",
+            buttons=["download", "fullscreen"],
+            elem_classes="picture",
+            **options,
+        )
 
 
 def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
     """
-    A place for several pictures.
+    A place for several pictures under a heading.
 
     Args:
         label (`str`): What it is called.
@@ -78,8 +73,10 @@ def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
     Returns:
         `gr.Gallery`: The place; what is downloaded from it are PNG files.
     """
+    gr.Markdown(f"**{label}**")
     return gr.Gallery(
         label=label,
+        show_label=False,  # Gradio puts it over the first picture
         columns=columns,
         interactive=False,
         format="png",
@@ -191,13 +188,16 @@ class RunControls:
         abilities ([`Abilities`]): What they offer.
         num_images (`int`, *optional*): The number of images at first; without it there is no control for it, and runs
             have one image.
+        below_class (`gr.Dropdown`, *optional*): Another field, not rendered yet, to stand below the class.
     """
 
-    def __init__(self, abilities: Abilities, num_images: int | None = None):
+    def __init__(self, abilities: Abilities, num_images: int | None = None, below_class: gr.Dropdown | None = None):
         values = abilities.values()
         self.components: dict[str, Any] = {}
         add = self.components.__setitem__
         add("class_index", gr.Dropdown(label="Class", filterable=True, **values["class_index"]))
+        if below_class is not None:
+            below_class.render()
         with gr.Row():
             add("seed", gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, min_width=100))
             if num_images is not None:
@@ -208,9 +208,8 @@ class RunControls:
         add("solver", gr.Dropdown(label="Solver", **values["solver"]))
         add("scheme", gr.Dropdown(label="Guidance", **values["scheme"]))
         add("scale", gr.Slider(0.0, step=0.05, label="Scale (1 is no guidance)", **values["scale"]))
-        with gr.Row():
-            add("low", gr.Slider(0, 1, step=0.01, label="From time (0 is the image)", min_width=100, **values["low"]))
-            add("high", gr.Slider(0, 1, step=0.01, label="to time (1 is noise)", min_width=100, **values["high"]))
+        add("low", gr.Slider(0, 1, step=0.01, label="Guided from time (0 is the image)", **values["low"]))
+        add("high", gr.Slider(0, 1, step=0.01, label="to time (1 is noise)", **values["high"]))
         guided = [self.components[name] for name in ("scale", "low", "high")]
         self.components["scheme"].change(
             lambda scheme: [gr.update(visible=scheme != NO_GUIDANCE)] * 3,
