@@ -1,3 +1,5 @@
+"""Published checkpoints as models of this library and of diffusers."""
+
 from .configs import revert_autoencoder_config, revert_transformer_config
 from .convert import AuthorsCheckpoint, convert_autoencoder, convert_transformer
 from .state_dict import revert_autoencoder_state_dict, revert_transformer_state_dict

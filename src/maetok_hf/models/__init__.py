@@ -1,3 +1,5 @@
+"""The tokenizer and the generators, made of one attention and one block."""
+
 from .autoencoder_mae import AutoencoderMAE
 from .latents import denormalize_latents, normalize_latents
 from .transformer_lightning_dit import LightningDiTTransformer1DModel
