@@ -130,11 +130,7 @@ class HubUpload:
             self.repo_id = result["repo_id"]
         elif result["permanent"]:
             shutil.rmtree(self._folder, ignore_errors=True)
-            raise ValueError(
-                f"`push_to_hub` cannot upload to `hub_model_id` = {self.repo_id!r}: {result['error']}\n"
-                "Log in with `hf auth login` and a token that may write (or set HF_TOKEN), give `hub_model_id` a "
-                "namespace in which that token may write, or leave `push_to_hub` out."
-            )
+            raise refusal("hub_model_id", self.repo_id, result["error"])
         else:
             logger.warning(
                 "The Hub cannot be reached, uploads to %s are tried nevertheless: %s", self.repo_id, result["error"]
@@ -205,6 +201,25 @@ class HubUpload:
 
     def _snapshot(self, number: int) -> Path:
         return self._folder / str(number)
+
+
+def refusal(name: str, repo_id: str, reason: str) -> ValueError:
+    """
+    The error for a repository to which nothing can be uploaded.
+
+    Args:
+        name (`str`): Option that names the repository.
+        repo_id (`str`): The repository.
+        reason (`str`): What the Hub says.
+
+    Returns:
+        `ValueError`: With what to do about it.
+    """
+    return ValueError(
+        f"Nothing can be uploaded to `{name}` = {repo_id!r}: {reason}\n"
+        f"Log in with `hf auth login` and a token that may write (or set HF_TOKEN), give `{name}` a "
+        "namespace in which that token may write, or leave `push_to_hub` out."
+    )
 
 
 def _failure(text: str) -> dict[str, Any]:

@@ -8,16 +8,25 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
+T = TypeVar("T")
 # of the Hub: timeout, a commit of someone else at the same moment (two of them), too many requests
 PASSING_REFUSALS = (408, 409, 412, 429)
 NO_ROOM = 507
 
 
-def upload(repo_id: str, private: bool, folder: str | None, message: str) -> dict[str, Any]:
+def upload(
+    repo_id: str,
+    private: bool,
+    folder: str | None,
+    message: str,
+    repo_type: str = "model",
+    allow_patterns: list[str] | None = None,
+) -> dict[str, Any]:
     """
     Create the repository if it does not exist, and commit a folder.
 
@@ -26,6 +35,8 @@ def upload(repo_id: str, private: bool, folder: str | None, message: str) -> dic
         private (`bool`): Make the repository private if it is created.
         folder (`str` or `None`): Folder to commit; `None` only checks that it could be done.
         message (`str`): Message of the commit.
+        repo_type (`str`, *optional*, defaults to `"model"`): `"model"` or `"dataset"`.
+        allow_patterns (`list[str]`, *optional*): Patterns of the files that are meant; by default all.
 
     Returns:
         `dict[str, Any]`: `repo_id` with its namespace.
@@ -33,14 +44,19 @@ def upload(repo_id: str, private: bool, folder: str | None, message: str) -> dic
     from huggingface_hub import HfApi
 
     api = HfApi()
-    url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+    url = api.create_repo(repo_id, repo_type=repo_type, private=private or None, exist_ok=True)
     repo_id = repo_id if "/" in repo_id else url.repo_id
     if folder is None:
-        api.auth_check(
-            repo_id, write=True
-        )  # creating an existing repository also succeeds with a token that reads only
+        # creating an existing repository also succeeds with a token that reads only
+        api.auth_check(repo_id, repo_type=repo_type, write=True)
     else:
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=allow_patterns,
+        )
     return {"repo_id": repo_id}
 
 
@@ -70,28 +86,43 @@ def describe(error: Exception) -> dict[str, Any]:
     return {"error": " ".join(filter(None, lines)), "permanent": permanent}
 
 
-def run(request: dict[str, Any], retry_waits: list[float], parent: int) -> dict[str, Any]:
+def attempt(act: Callable[[], T], retry_waits: Sequence[float], parent: int | None = None) -> T | dict[str, Any]:
     """
     Try until it succeeds, is refused, or was tried often enough.
 
     Args:
-        request (`dict[str, Any]`): Arguments of [`upload`].
-        retry_waits (`list[float]`): Seconds to wait before each further attempt, after those that huggingface_hub
+        act (`Callable[[], T]`): What asks the Hub.
+        retry_waits (`Sequence[float]`): Seconds to wait before each further attempt, after those that huggingface_hub
             makes itself.
-        parent (`int`): The process that waits for the result: without it there are no further attempts.
+        parent (`int`, *optional*): The process that waits for the result: without it there are no further attempts.
+
+    Returns:
+        What `act` returned, or what [`describe`] says of its last error.
+    """
+    for wait in [*retry_waits, None]:
+        try:
+            return act()
+        except Exception as error:
+            failure = describe(error)
+        if wait is None or failure["permanent"] or parent not in (None, os.getppid()):
+            break
+        time.sleep(wait)
+    return failure
+
+
+def run(request: dict[str, Any], retry_waits: list[float], parent: int) -> dict[str, Any]:
+    """
+    Upload for another process.
+
+    Args:
+        request (`dict[str, Any]`): Arguments of [`upload`].
+        retry_waits (`list[float]`): See [`attempt`].
+        parent (`int`): See [`attempt`].
 
     Returns:
         `dict[str, Any]`: What [`upload`] or [`describe`] returned.
     """
-    for wait in [*retry_waits, None]:
-        try:
-            return upload(**request)
-        except Exception as error:
-            failure = describe(error)
-        if wait is None or failure["permanent"] or os.getppid() != parent:
-            break
-        time.sleep(wait)
-    return failure
+    return attempt(lambda: upload(**request), retry_waits, parent)
 
 
 def main():
