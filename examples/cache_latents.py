@@ -17,9 +17,7 @@ waits in a collective: a process that has written its files ends, and the first 
 of all are there.
 
 The result is read by `open_latents` and `StreamingLatents` of `maetok_hf.data`, and like any parquet data set by
-`datasets.load_dataset`. To share it:
-
-    hf upload user/name outputs/latents . --repo-type dataset
+`datasets.load_dataset`. `--push_to_hub user/name` shares it as a data set on the Hub, which both read by that name.
 """
 
 import argparse
@@ -57,6 +55,7 @@ from maetok_hf.data.latent_shards import FORMAT_VERSION, METADATA_FILE, SETTINGS
 from maetok_hf.training.cache_options import CacheOptions
 from maetok_hf.training.checkpointing import data_identity, write_json
 from maetok_hf.training.configuration import add_flags, build, given_flags
+from maetok_hf.training.hub_files import check_upload, upload_files
 from maetok_hf.training.interruption import RunLock, end_process
 from maetok_hf.training.latent_card import write_latents_card
 from maetok_hf.training.latent_encoding import (
@@ -75,6 +74,7 @@ from maetok_hf.training.resumption import check_identity
 logger = logging.getLogger("maetok_hf.cache_latents")
 
 MODEL_CARD = Path(__file__).resolve().parents[1] / "model_cards" / "latents_template.md"
+UPLOADED = ["README.md", METADATA_FILE, "data/*.parquet"]
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_REPORTS = 600.0
 
@@ -131,6 +131,9 @@ class LatentCaching:
         self.launcher = os.getppid()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = RunLock(self.folder) if self.state.is_main_process else None
+        self.repo_id = options.push_to_hub
+        if self.repo_id is not None and self.state.is_main_process:
+            self.repo_id = check_upload(self.repo_id, repo_type="dataset", private=options.hub_private_repo)
         address = (options.tokenizer_name_or_path, options.tokenizer_subfolder)
         self.tokenizer_commit = resolve_commit(*address, options.tokenizer_revision)
         tokenizer = load_tokenizer(*address, self.tokenizer_commit)
@@ -268,9 +271,16 @@ class LatentCaching:
         metadata = self.describe([found[shard] for shard in range(self.layout.num_shards)])
         for path in (self.folder / "data").glob(".*.tmp"):  # of processes that were killed
             path.unlink()
-        write_latents_card(self.folder, MODEL_CARD, repo_id=self.folder.resolve().name, metadata=metadata)
+        name = self.repo_id or self.folder.resolve().name
+        write_latents_card(self.folder, MODEL_CARD, repo_id=name, metadata=metadata)
         write_json(self.folder / METADATA_FILE, metadata)
         return metadata
+
+    def push(self) -> None:
+        """Upload the complete folder."""
+        message, private = f"Latents of {self.layout.num_images} images", self.options.hub_private_repo
+        place = {"repo_type": "dataset", "private": private, "allow_patterns": UPLOADED}
+        print(f"The latents are on the Hub: {upload_files(self.folder, self.repo_id, message, **place)}")
 
     def describe(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         """The contents of `latents.json`."""
@@ -310,9 +320,11 @@ def main():
         caching.encode()
         if caching.state.is_main_process:
             metadata = caching.complete()
-            caching.lock.release()
             counts = describe_counts(torch.tensor(list(metadata["counts"].values())))
             print(f"{options.output_dir} holds {metadata['num_rows']} of {metadata['num_images']} images ({counts})")
+            if caching.repo_id is not None:
+                caching.push()
+            caching.lock.release()
         caching.state.destroy_process_group()
     end_process()
 

@@ -1,6 +1,7 @@
 """Cached latents: every usable image once, in the same files whatever was stopped and by how many processes."""
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -16,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import DatasetCard
 
 from maetok_hf.data import HeldOutImages, ImageRanges, StreamingLatents, open_images, open_latents, to_pixel_values
-from maetok_hf.training.latent_encoding import check_same_encoder, encode_tokens, load_tokenizer
+from maetok_hf.training import hub as hub_module
+from maetok_hf.training.latent_encoding import ViewEncoder, check_same_encoder, encode_tokens, load_tokenizer
 from tests.testing_utils import tiny_autoencoder
 
 
@@ -116,17 +119,49 @@ def test_latents_come_back_normalised_for_training(run_here, flags, tmp_path):
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
-def test_a_tokenizer_on_the_hub_is_named_by_its_commit(revision, launch, flags, tokenizer_folder, tmp_path, hub):
+def test_a_tokenizer_on_the_hub_is_named_by_its_commit(revision, run_here, flags, tokenizer_folder, tmp_path, hub):
     repository = hub.add("user/tokenizer")
     repository.commit("weights", {f"vae/{path.name}": path.read_bytes() for path in tokenizer_folder.iterdir()})
     commit, folder = repository.sha, tmp_path / "out"
     given = ["--tokenizer_name_or_path", "user/tokenizer", "--tokenizer_subfolder", "vae", "--output_dir", folder]
     given += [] if revision is None else ["--tokenizer_revision", revision]
-    done = launch("cache_latents", *flags, *given)
-    assert done.returncode == 0, done.stdout
+    run_here("cache_latents", *flags, *given)
     known = open_latents(folder).metadata["tokenizer"]
     assert (known["name_or_path"], known["revision"]) == ("user/tokenizer", commit)
     assert f"| tokenizer revision | {commit};" in (folder / "README.md").read_text()
+
+
+def test_pushed_latents_are_read_by_their_name(run_here, flags, tmp_path, hub, capsys, monkeypatch):
+    monkeypatch.setattr(hub_module, "RETRY_WAITS", ())
+    command = ["cache_latents", *flags, "--output_dir", tmp_path / "out", "--push_to_hub", "latents"]
+    hub.quota = 1000
+    with pytest.raises(OSError, match="is not uploaded to user/latents, and is as it was: .*storage limit"):
+        run_here(*command, "--hub_private_repo", "true")
+    before, hub.quota = files_in(tmp_path / "out"), None
+    assert open_latents(tmp_path / "out").num_rows == NUM_IMAGES - 1
+
+    monkeypatch.setattr(ViewEncoder, "__call__", None)  # nothing is encoded again
+    run_here(*command)
+    assert "The latents are on the Hub: user/latents" in capsys.readouterr().out
+    repository = hub.repositories["datasets/user/latents"]
+    assert repository.private and repository.messages == [f"Latents of {NUM_IMAGES} images"]
+    assert repository.files.keys() == {"README.md", "latents.json", *(name for name in before if ".parquet" in name)}
+    assert files_in(tmp_path / "out") == before
+    card = DatasetCard.load("user/latents")
+    card.validate(repo_type="dataset")
+    assert 'open_latents("user/latents")' in card.text and str(tmp_path) not in str(card)
+    rows = list(datasets.load_dataset("user/latents", split="train", streaming=True))
+    local = {"batch_size": 8, "seed": 0}
+    here, there = (StreamingLatents(open_latents(place), **local) for place in (tmp_path / "out", "user/latents"))
+    assert len(rows) == len(here.source) == len(there.source)
+    for one, other in zip(itertools.islice(here, 6), itertools.islice(there, 6), strict=True):
+        assert torch.equal(one["latents"], other["latents"]) and torch.equal(one["indices"], other["indices"])
+
+
+def test_a_hub_that_refuses_ends_the_command_before_any_work(run_here, flags, tmp_path, hub):
+    with pytest.raises(ValueError, match="`push_to_hub` = 'somebody/latents': .*403"):
+        run_here("cache_latents", *flags, "--output_dir", tmp_path / "out", "--push_to_hub", "somebody/latents")
+    assert not (tmp_path / "out" / "settings.json").exists()
 
 
 def test_a_changed_folder_of_images_does_not_continue_a_cache(run_here, tokenizer_folder, tmp_path):

@@ -51,6 +51,11 @@ class CacheOptions:
             files of up to 256 MiB.
         dataloader_num_workers (`int`, *optional*, defaults to 0):
             Processes per device that read and decode images.
+        push_to_hub (`str`, *optional*):
+            Data set on the Hub, with or without a namespace, that the latents and their card are uploaded to when all
+            are there. The command of a complete folder uploads it without encoding anything.
+        hub_private_repo (`bool`, *optional*, defaults to `False`):
+            Make that data set private when it is created.
     """
 
     output_dir: str
@@ -71,6 +76,8 @@ class CacheOptions:
     batch_size: int = 32
     rows_per_shard: int | None = None
     dataloader_num_workers: int = 0
+    push_to_hub: str | None = None
+    hub_private_repo: bool = False
 
     def __post_init__(self):
         for name in ("resolution", "batch_size", "rows_per_shard"):
@@ -78,3 +85,5 @@ class CacheOptions:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.dataloader_num_workers < 0:
             raise ValueError(f"`dataloader_num_workers` must be 0 or more, got {self.dataloader_num_workers}.")
+        if self.hub_private_repo and self.push_to_hub is None:
+            raise ValueError("`hub_private_repo` has no effect without `push_to_hub`: remove it.")
