@@ -28,10 +28,10 @@ def generate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) -> Ru
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280):
             controls = RunControls(abilities_of(pipelines[0].pipe), num_images=DEFAULT_IMAGES)
-            with gr.Row():
-                start = gr.Button("Generate", variant="primary", elem_id="generate")
-                stop = gr.Button("Stop", elem_id="stop", min_width=80)
         with gr.Column(scale=2, min_width=300):
+            with gr.Row():
+                start = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
+                stop = gr.Button("Stop", elem_id="stop", min_width=80)
             status = gr.Markdown("Choose a class and press **Generate**.", elem_id="generate-status")
             images = gallery("Images", 4, elem_id="generated")
             strip = gallery("Denoising of the first image: the predicted clean image", 6, elem_id="denoising")

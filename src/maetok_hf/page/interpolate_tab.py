@@ -47,9 +47,9 @@ def interpolate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
                     first = image_field("First image")
                     second = image_field("Second image")
                     count = gr.Slider(MIN_PICTURES, MAX_PICTURES, 8, step=1, label="Pictures")
-                    start = gr.Button("Interpolate images", variant="primary", elem_id="interpolate-images")
                 with gr.Column(scale=2, min_width=300):
                     gr.Markdown(IMAGES_HELP)
+                    start = gr.Button("Interpolate images", variant="primary", elem_id="interpolate-images")
                     pictures = gallery("From the first to the second", 4, elem_id="between-images")
         with gr.Tab("Two classes"):
             with gr.Row(equal_height=False):
@@ -62,9 +62,9 @@ def interpolate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
                     )
                     controls = RunControls(abilities_of(pipelines[0].pipe), below_class=second_class)
                     class_count = gr.Slider(MIN_PICTURES, MAX_PICTURES, 8, step=1, label="Pictures")
-                    class_start = gr.Button("Interpolate classes", variant="primary", elem_id="interpolate-classes")
                 with gr.Column(scale=2, min_width=300):
                     gr.Markdown(CLASSES_HELP)
+                    class_start = gr.Button("Interpolate classes", variant="primary", elem_id="interpolate-classes")
                     class_pictures = gallery("From the first to the second", 4, elem_id="between-classes")
 
     @with_messages

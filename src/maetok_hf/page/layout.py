@@ -25,10 +25,18 @@ CSS = """
 .picture img { width: 100% !important; height: 100% !important; object-fit: contain; }
 /* galleries are as high as their pictures, and as many stand in a row as fit */
 .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important; }
+.grid-container { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)) !important; }
+#generated .grid-container { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)) !important; }
 #denoising .grid-container, #tokens .grid-container {
-  grid-template-columns: repeat(auto-fill, minmax(96px, 1fr)) !important;
+  grid-template-columns: repeat(auto-fill, minmax(86px, 1fr)) !important;
 }
+@media (max-width: 640px) {
+  .grid-container, #generated .grid-container {
+    grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)) !important;
+  }
+  button[role="tab"] { padding-left: 9px !important; padding-right: 9px !important; }
+}
+.caption-label { font-size: 0.7rem !important; padding: 1px 5px !important; }
 """
 # seconds between two looks for old files, and the age at which they go: those of a page that is open for a day
 DELETE_CACHE = (3600, 86400)
