@@ -1,49 +1,16 @@
-"""Every code block of README runs here or carries a mark that says what it needs."""
+"""README's code runs or carries a mark that says what it needs; what `docs` shares with it is in `test_docs`."""
 
-import argparse
 import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+from tests.documentation import README, ROOT, read_blocks
 
 
-class Block(NamedTuple):
-    section: str
-    language: str
-    mark: str | None
-    code: str
-
-
-def read_blocks() -> list[Block]:
-    """The fenced code blocks of README; a mark stands in a comment on the line before its block."""
-    blocks, section, mark = [], "", None
-    lines = iter(README.read_text(encoding="utf-8").splitlines())
-    for line in lines:
-        if line.startswith("## "):
-            section = line[3:]
-        elif match := re.fullmatch(r"<!-- mark: (\w+) -->", line):
-            mark = match.group(1)
-            continue
-        elif line.startswith("```"):
-            code = []
-            for inner in lines:
-                if inner == "```":
-                    break
-                code.append(inner)
-            blocks.append(Block(section, line[3:], mark, "\n".join(code)))
-        mark = None
-    return blocks
-
-
-BLOCKS = read_blocks()
+BLOCKS = read_blocks(README)
 
 
 def test_marks_are_few_and_the_quick_start_has_none():
@@ -71,46 +38,13 @@ def test_make_commands_exist(target):
 
 def test_ci_runs_the_commands_of_readme():
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert {"make demo", "make test", "make test-slow", "make quality"} <= set(ci)
+    assert {"make demo", "make docs", "make test", "make test-slow", "make quality"} <= set(ci)
 
 
 def test_readme_names_existing_files():
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
-
-
-def test_training_commands_name_real_scripts_recipes_and_flags():
-    from maetok_hf.training import run_options
-    from maetok_hf.training.recipes import parse_arguments
-    from maetok_hf.training.sit_recipe import SiTRecipe
-    from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
-
-    recipes = {"SiT": SiTRecipe, "Tokenizer": TokenizerRecipe}
-    text = "\n".join(block.code for block in BLOCKS if block.mark == "hours").replace("\\\n", " ")
-    commands = re.findall(r"^accelerate launch examples/(train_\w+)\.py (.*)$", text, re.MULTILINE)
-    assert [script for script, _ in commands] == ["train_maetok", "train_maetok", "train_sit"]
-    for script, words in commands:
-        kind = "SiT" if script == "train_sit" else "Tokenizer"
-        parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
-        options = getattr(run_options, f"{kind}RunOptions")
-        parse_arguments(parser, recipes[kind], options, ROOT / "examples" / "recipes", words.split())
-
-
-def test_console_commands_name_real_flags():
-    from maetok_hf.commands import analyze_latents, evaluate_generation, evaluate_tokenizer, sweep_guidance
-
-    parsers = {
-        "maetok-eval tokenizer": evaluate_tokenizer.parse_options,
-        "maetok-eval generation": evaluate_generation.parse_options,
-        "maetok-eval guidance": sweep_guidance.parse_options,
-        "maetok-analyze": analyze_latents.parse_options,
-    }
-    text = "\n".join(block.code for block in BLOCKS if block.mark == "hours").replace("\\\n", " ")
-    commands = re.findall(r"^(maetok-(?:eval \w+|analyze)) (.*)$", text, re.MULTILINE)
-    assert {name for name, _ in commands} == parsers.keys()
-    for name, words in commands:
-        parsers[name](words.split())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Pages whose source lies elsewhere in the repository, or is not written yet.
 
-Links in `docs` are those of the repository, so that they lead somewhere when a page is read there. In the site, results
-of benchmarks are pages of `results`, and what points to the study's document is left out as long as there is none.
+Links in `docs` are those of the repository, so that they lead somewhere when read there. In the site, results
+of benchmarks are pages of `results`, and what points to the study is left out as long as it has no document.
 """
 
 import re
