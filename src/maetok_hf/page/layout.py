@@ -17,6 +17,7 @@ TITLE = "maetok_hf"
 MAX_QUEUE = 64
 # images of at most this size are shown with their pixels, not blurred
 PIXEL_ART_SIZE = 128
+PIXELATED_CSS = ".picture:not(#latent) img, .grid-wrap img { image-rendering: pixelated; }\n"
 CSS = """
 .gradio-container > main { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
 #header h1 { margin: 0; }
@@ -53,8 +54,7 @@ def page_css(pipelines: Sequence[LoadedPipeline]) -> str:
         `str`: Rules.
     """
     small = all(loaded.pipe.vae.config.sample_size <= PIXEL_ART_SIZE for loaded in pipelines)
-    rule = "#page img:not(#latent img) { image-rendering: pixelated; }\n" if small else ""
-    return CSS + rule
+    return CSS + (PIXELATED_CSS if small else "")
 
 
 def _header(loaded: LoadedPipeline) -> str:
@@ -72,9 +72,7 @@ def build_page(pipelines: Sequence[LoadedPipeline], other: LoadedPipeline | None
     Returns:
         `gr.Blocks`: The page, which [`~maetok_hf.page.server.serve`] serves.
     """
-    with gr.Blocks(
-        title=TITLE, analytics_enabled=False, delete_cache=DELETE_CACHE, elem_id="page", fill_width=True
-    ) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=DELETE_CACHE, fill_width=True) as page:
         header = gr.Markdown(_header(pipelines[0]), elem_id="header")
         chosen = gr.Dropdown(
             label="Pipeline",

@@ -23,7 +23,7 @@ from .pictures import heat_map
 
 
 # what PIL decodes itself: some other formats start programs or read files that they name
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 MAX_FILE_SIZE = 50 * 2**20
 # three bytes each: 200 MB, more than any camera's picture
 MAX_PIXELS = 2**26
@@ -82,7 +82,9 @@ def open_upload(path: str | os.PathLike) -> Upload:
         with warnings.catch_warnings():
             # the size is checked below, more strictly
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(content, formats=FORMATS)
+            Image.init()
+            # a build of PIL may lack some
+            image = Image.open(content, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError as error:
         raise ValueError(f"This file is no image that can be read: choose a {', '.join(FORMATS[:6])} file.") from error
     except Image.DecompressionBombError as error:
@@ -95,6 +97,7 @@ def open_upload(path: str | os.PathLike) -> Upload:
                 f"This image has {image.width} × {image.height} pixels, more than the {MAX_PIXELS // 10**6} million "
                 "allowed: make it smaller first."
             )
+        # the other pictures of a camera's file are previews
         frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
         try:
             upright, names = decode_image(image)
