@@ -1,4 +1,4 @@
-"""The map of the code that README describes: which part may import which, and how long a file may be."""
+"""The map of the code that docs/design.md describes: which part may import which, and how long a file may be."""
 
 import ast
 import sys
@@ -27,7 +27,18 @@ INNER = {
     "metrics": {"data", "evaluation", "moments"},
     "study": {"analysis", "data", "evaluation", "models", "moments", "pipelines", "sampling", "seeding", "training"},
     "page": {"data", "models", "pipelines", "sampling", "schedulers", "seeding", "training"},
-    "commands": {"analysis", "data", "evaluation", "page", "sampling", "training"},
+    "commands": {
+        "analysis",
+        "conversion",
+        "data",
+        "evaluation",
+        "models",
+        "page",
+        "pipelines",
+        "sampling",
+        "schedulers",
+        "training",
+    },
     "_register": {"models", "pipelines"},
     "__init__": {"_register", "conversion", "models", "pipelines", "schedulers"},
 }
@@ -38,15 +49,15 @@ OUTER = {
     "models": {"diffusers", "huggingface_hub", "torch"},
     "schedulers": {"diffusers", "numpy", "torch"},
     "pipelines": {"diffusers", "numpy", "torch"},
-    "conversion": {"diffusers", "huggingface_hub", "safetensors", "torch"},
+    "conversion": {"diffusers", "huggingface_hub", "safetensors", "timm", "torch"},
     "analysis": {"matplotlib", "numpy", "torch", "umap"},
     "data": {"PIL", "datasets", "fsspec", "mlxtend", "numpy", "pyarrow", "torch"},
     "sampling": {"PIL", "diffusers", "numpy", "torch"},
-    "evaluation": {"diffusers", "numpy", "torch", "torch_fidelity", "transformers"},
+    "evaluation": {"diffusers", "huggingface_hub", "numpy", "torch", "torch_fidelity", "transformers"},
     "metrics": {"datasets", "evaluate", "numpy", "torch"},
     "study": {"matplotlib", "safetensors", "scipy", "torch"},
     "page": {"PIL", "diffusers", "fastapi", "gradio", "matplotlib", "numpy", "torch", "uvicorn"},
-    "commands": {"matplotlib", "torch"},
+    "commands": {"diffusers", "huggingface_hub", "matplotlib", "torch"},
     "training": {
         "PIL",
         "diffusers",

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from maetok_hf.evaluation import EvaluationProtocol
+from maetok_hf.evaluation.protocol import without_folders
 from maetok_hf.sampling import GenerateOptions, resolve_sampling, sampling_settings
 from tests.evaluation.networks import TinyExtractor
 from tests.pipelines.helpers import tiny_pipeline
@@ -77,3 +78,17 @@ def test_numbers_of_images_must_be_positive(extractor):
         EvaluationProtocol.of(extractor, "x", 0)
     with pytest.raises(ValueError, match="`num_reference_images` must be positive, got -1"):
         EvaluationProtocol.of(extractor, "x", 1, -1)
+
+
+@pytest.mark.parametrize(
+    "description, public",
+    [
+        ("folder '/home/me/my images/real'", "folder real"),
+        ('folder "/home/me\'s/my images/"', "folder my images"),
+        ("file /data/reference.npz, 10 images", "file reference.npz, 10 images"),
+        ("the split 'train' of 'user/images'", "the split 'train' of 'user/images'"),
+        ("'/a/b' and '/c/d e'", "b and d e"),
+    ],
+)
+def test_descriptions_are_without_the_folders_of_this_machine(description, public):
+    assert without_folders(description) == public

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from ..evaluation.hub_results import ResultsUpload
 from ..training.configuration import add_flags, build, given_flags
 from ..training.interruption import end_process
 from .processes import Processes
@@ -46,25 +47,39 @@ def parse_words(prog: str, description: str, cls: type[T], words: Sequence[str] 
 
 
 def run_evaluation(
-    make: Callable[[Processes], Evaluation], device: str, show: Callable[[Mapping[str, Any]], str], files: str
+    make: Callable[[Processes], Evaluation],
+    device: str,
+    show: Callable[[Mapping[str, Any]], str],
+    files: str,
+    repo_id: str | None,
+    push: Callable[[ResultsUpload, Mapping[str, Any]], str],
 ) -> None:
     """
-    Evaluate, print what was measured, and end the process.
+    Evaluate, print what was measured, upload it if that is asked for, and end the process.
 
     Args:
         make (`Callable[[Processes], Evaluation]`): Makes what this process does.
         device (`str`): `"auto"`, `"cpu"` or `"cuda"`.
         show (`Callable[[Mapping[str, Any]], str]`): What is printed of a report.
         files (`str`): What was written, and where, in words.
+        repo_id (`str`, *optional*): Repository on the Hub for the results.
+        push (`Callable[[ResultsUpload, Mapping[str, Any]], str]`): Uploads a report, and returns its address.
+
+    Raises:
+        ValueError: If the Hub refuses, before any work.
+        OSError: If the results are not uploaded, after they have been printed.
     """
     logging.basicConfig(format="%(message)s")
     processes = Processes(device)
     try:
+        upload = ResultsUpload(repo_id) if repo_id is not None and processes.is_main else None
         report = make(processes).measure()
     finally:
         processes.release()
     if report is not None:
         print(f"{show(report)}\n{files}")
+        if upload is not None:
+            print(f"The results are on the Hub: {push(upload, report)}")
     end_process()
 
 

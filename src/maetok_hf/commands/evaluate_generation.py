@@ -20,6 +20,7 @@ from ..evaluation import (
 from ..evaluation.distances import NUM_KID_SUBSETS
 from ..evaluation.extractors import extractor_identity, load_extractor
 from ..evaluation.feature_run import FEATURES_FILE, FeatureRun
+from ..evaluation.hub_results import Benchmark, ResultsUpload
 from ..evaluation.image_sets import image_set_identity, open_image_set
 from ..evaluation.options import GenerationScoreOptions, ScoreOptions
 from ..evaluation.pipeline_images import PipelineImages
@@ -359,6 +360,31 @@ def to_table(report: Mapping[str, Any]) -> str:
     return f"{table(('metric', 'value'), rows)}\n\n{EvaluationProtocol(**report['protocol']).line()}"
 
 
+def push_results(options: GenerationScoreOptions, upload: ResultsUpload, report: Mapping[str, Any]) -> str:
+    """
+    Upload a report and put its numbers into the card of the model.
+
+    Args:
+        options ([`GenerationScoreOptions`]): What was asked for.
+        upload ([`ResultsUpload`]): The repository.
+        report (`Mapping[str, Any]`): Of [`~GenerationEvaluation.measure`].
+
+    Returns:
+        `str`: Address of the report.
+    """
+    of_dataset = options.reference_resolution is not None
+    benchmark = Benchmark(
+        task_type="unconditional-image-generation",
+        task_name="Class-conditional image generation",
+        dataset_name=report["protocol"]["reference"],
+        dataset_id=options.reference if of_dataset else None,
+        dataset_config=options.reference_config_name,
+        dataset_split=options.reference_split or (DEFAULT_SPLIT if of_dataset else None),
+    )
+    file = Path(options.output_dir) / REPORT_FILE
+    return upload.push([file], report["protocol"], benchmark, report["results"], LABELS)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """
     Run the command.
@@ -368,7 +394,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = parse_options(argv)
     files = f"{REPORT_FILE}, {STATISTICS_FILE} and features/{FEATURES_FILE} are in {options.output_dir}."
-    run_evaluation(lambda processes: GenerationEvaluation(options, processes), options.device, to_table, files)
+    run_evaluation(
+        lambda processes: GenerationEvaluation(options, processes),
+        options.device,
+        to_table,
+        files,
+        options.push_to_hub,
+        lambda upload, report: push_results(options, upload, report),
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from ..evaluation import (
 )
 from ..evaluation.extractors import extractor_identity, weights_digest
 from ..evaluation.feature_run import FeatureRun
+from ..evaluation.hub_results import Benchmark, ResultsUpload
 from ..evaluation.image_sets import image_set_identity
 from ..evaluation.protocol import CENTER_CROP, DIGEST_LENGTH, without_folders
 from ..evaluation.reconstruction import (
@@ -218,6 +219,31 @@ def to_table(report: dict[str, Any]) -> str:
     return f"{table(('metric', 'value'), rows)}\n\n{ReconstructionProtocol(**report['protocol']).line()}"
 
 
+def push_results(options: TokenizerEvaluationOptions, upload: ResultsUpload, report: dict[str, Any]) -> str:
+    """
+    Upload a report and put its numbers into the card of the model.
+
+    Args:
+        options ([`TokenizerEvaluationOptions`]): What was asked for.
+        upload ([`ResultsUpload`]): The repository.
+        report (`dict[str, Any]`): Of [`~TokenizerEvaluation.measure`].
+
+    Returns:
+        `str`: Address of the report.
+    """
+    benchmark = Benchmark(
+        task_type="image-feature-extraction",
+        task_name="Image reconstruction",
+        dataset_name=report["protocol"]["images"],
+        dataset_id=options.dataset_name,
+        dataset_config=options.dataset_config_name,
+        dataset_split=(options.split or DEFAULT_SPLIT) if options.dataset_name else None,
+        dataset_revision=options.dataset_revision,
+    )
+    file = Path(options.output_dir) / REPORT_FILE
+    return upload.push([file], report["protocol"], benchmark, report["results"], LABELS)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """
     Run the command.
@@ -227,7 +253,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = parse_options(argv)
     files = f"{REPORT_FILE} is in {options.output_dir}."
-    run_evaluation(lambda processes: TokenizerEvaluation(options, processes), options.device, to_table, files)
+    run_evaluation(
+        lambda processes: TokenizerEvaluation(options, processes),
+        options.device,
+        to_table,
+        files,
+        options.push_to_hub,
+        lambda upload, report: push_results(options, upload, report),
+    )
 
 
 if __name__ == "__main__":

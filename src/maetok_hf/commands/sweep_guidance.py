@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ..evaluation import EvaluationProtocol
 from ..evaluation.extractors import extractor_identity
 from ..evaluation.feature_run import FeatureRun
+from ..evaluation.hub_results import ResultsUpload
 from ..evaluation.options import SweepOptions, generate_options
 from ..evaluation.pipeline_images import PipelineImages
 from ..evaluation.scores import (
@@ -268,6 +269,22 @@ def draw(path: Path, report: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def push_results(folder: Path, upload: ResultsUpload, report: Mapping[str, Any]) -> str:
+    """
+    Upload the report, its table and its picture. A card holds the numbers of a model, not those of a search.
+
+    Args:
+        folder (`Path`): Where they are.
+        upload ([`ResultsUpload`]): The repository.
+        report (`Mapping[str, Any]`): Of [`~GuidanceSweep.measure`].
+
+    Returns:
+        `str`: Address of the report.
+    """
+    files = [folder / name for name in (REPORT_FILE, MARKDOWN_FILE, PICTURE_FILE)]
+    return upload.push(files, [cell["protocol"] for cell in report["cells"]])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """
     Run the command.
@@ -277,7 +294,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = parse_options(argv)
     files = f"{REPORT_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE} are in {options.output_dir}."
-    run_evaluation(lambda processes: GuidanceSweep(options, processes), options.device, to_markdown, files)
+    run_evaluation(
+        lambda processes: GuidanceSweep(options, processes),
+        options.device,
+        to_markdown,
+        files,
+        options.push_to_hub,
+        lambda upload, report: push_results(Path(options.output_dir), upload, report),
+    )
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class FolderImages(ImageReader):
         if not self.folder.is_dir():
             raise ValueError(f"`folder` {os.fspath(folder)!r} is no folder: check the path.")
         self.files = sorted(_image_files(self.folder))
-        super().__init__(f"folder {self.folder}", len(self.files), num_images)
+        super().__init__(f"folder {str(self.folder)!r}", len(self.files), num_images)
         self._size = self._decode(self.files[0]).shape
 
     def listing(self) -> Iterator[Any]:
@@ -237,7 +237,7 @@ class NpzImages(ImageReader):
             self._packed.close()
             self._packed = None
             self._offset += self._entry_offset(info)
-        super().__init__(f"file {self.path}", self._shape[0], num_images)
+        super().__init__(f"file {str(self.path)!r}", self._shape[0], num_images)
 
     def _entry_offset(self, info: zipfile.ZipInfo) -> int:
         """Where in the file an entry that is not packed begins."""

@@ -47,6 +47,9 @@ class ScoreOptions:
             `"auto"`, `"cpu"` or `"cuda"`.
         output_dir (`str`):
             Folder of the results, on a file system that all processes share.
+        push_to_hub (`str`, *optional*):
+            Model or pipeline on the Hub, with or without a namespace, to which the report is uploaded. Numbers of
+            `generation` also become results in its card's metadata, with their protocol.
     """
 
     metrics: list[Literal["fid", "sfid", "inception_score", "precision_recall", "kid", "kid_subsets"]] = field(
@@ -65,6 +68,7 @@ class ScoreOptions:
     extractor_weights: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     output_dir: str
+    push_to_hub: str | None = None
 
     def __post_init__(self):
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):

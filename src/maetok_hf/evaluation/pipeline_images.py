@@ -18,6 +18,7 @@ from ..sampling import (
     split_into_batches,
     to_uint8,
 )
+from ..training.model_card import public_name
 from .image_sets import ImageReader, split_rows
 
 
@@ -36,7 +37,7 @@ class PipelineImages(ImageReader):
     """
 
     def __init__(self, pipe: MAETokDiffusionPipeline, options: GenerateOptions, digests: dict[str, str] | None = None):
-        super().__init__(f"pipeline {options.pretrained_model_name_or_path}", options.num_images)
+        super().__init__(f"pipeline {public_name(options.pretrained_model_name_or_path)}", options.num_images)
         self.pipe, self.options = pipe, options
         self.classes = select_classes(options.class_labels, pipe)
         self.sampling = resolve_sampling(options, pipe, self.classes)

@@ -1,6 +1,7 @@
 """What a number was measured with: without it, it cannot be compared."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -133,10 +134,9 @@ def without_folders(description: str) -> str:
     Returns:
         `str`: The same with the last part of each path alone.
     """
-    return " ".join(
-        os.path.basename(word.strip("'").rstrip("/")) if word.strip("'").startswith("/") else word
-        for word in description.split(" ")
-    )
+    # in quotes, where they may have spaces in them, or a word without
+    paths = r"""'(/[^']*)'|"(/[^"]*)"|(?<!\S)(/\S*)"""
+    return re.sub(paths, lambda found: os.path.basename(next(filter(None, found.groups())).rstrip("/")), description)
 
 
 def _sampling_of(settings: Mapping[str, Any], num_images: int) -> dict[str, Any]:

@@ -65,6 +65,9 @@ class TokenizerEvaluationOptions:
             Images in one forward pass of one process.
         device (`str`, *optional*, defaults to `"auto"`):
             `"auto"`, `"cpu"` or `"cuda"`.
+        push_to_hub (`str`, *optional*):
+            Model or pipeline on the Hub, with or without a namespace, to which the report is uploaded; its numbers
+            become results in the card's metadata, with their protocol.
     """
 
     tokenizer_name_or_path: str
@@ -90,6 +93,7 @@ class TokenizerEvaluationOptions:
     rounding: Literal["nearest", "truncate"] = "nearest"
     batch_size: int = 32
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    push_to_hub: str | None = None
 
     def __post_init__(self):
         if (self.dataset_name is None) == (self.images is None):
