@@ -33,6 +33,7 @@ EXTRAS = {
         "tqdm>=4.66",
         "transformers>=5",
     ],
+    "conversion": ["timm>=1.0.15"],  # the names of ImageNet's classes
     "lora": ["peft>=0.17", "transformers>=5"],
 }
 EXTRAS["evaluation"] = [*EXTRAS["training"], "evaluate>=0.4.6", "matplotlib>=3.8", "torch-fidelity>=0.4"]
@@ -70,11 +71,19 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
-        "maetok_hf": ["py.typed", "models/*.md", "metrics/*/README.md", "metrics/*/requirements.txt", "metrics/*/*.py"]
+        "maetok_hf": [
+            "py.typed",
+            "conversion/*.md",
+            "models/*.md",
+            "metrics/*/README.md",
+            "metrics/*/requirements.txt",
+            "metrics/*/*.py",
+        ]
     },
     entry_points={
         "console_scripts": [
             "maetok-analyze = maetok_hf.commands.analyze_latents:main",
+            "maetok-convert = maetok_hf.commands.convert:main",
             "maetok-demo = maetok_hf.commands.demo_page:main",
             "maetok-eval = maetok_hf.commands.evaluate:main",
         ]

@@ -57,7 +57,7 @@ OUTER = {
     "metrics": {"datasets", "evaluate", "numpy", "torch"},
     "study": {"matplotlib", "safetensors", "scipy", "torch"},
     "page": {"PIL", "diffusers", "fastapi", "gradio", "matplotlib", "numpy", "torch", "uvicorn"},
-    "commands": {"diffusers", "huggingface_hub", "matplotlib", "torch"},
+    "commands": {"diffusers", "huggingface_hub", "matplotlib", "safetensors", "torch"},
     "training": {
         "PIL",
         "diffusers",

@@ -219,18 +219,30 @@ class AuthorsCheckpoint:
         read = configs.read_autoencoder_entries if kind == "tokenizer" else configs.read_transformer_entries
         read(self.config)
 
+    def read(self) -> None:
+        """
+        Find the weights, which the Hub may have to send, and read them; `convert` does this if it was not done.
+
+        Raises:
+            OSError: If the weights cannot be found.
+            ValueError: If they are corrupt.
+        """
+        self.state_dict = _read_weights(self._find_weights())
+
     def convert(self) -> AutoencoderMAE | SiTTransformer1DModel:
         """
-        Read the weights and build the model.
+        Build the model.
 
         Returns:
-            [`AutoencoderMAE`] or [`SiTTransformer1DModel`]: In float32 and evaluation mode.
+            [`AutoencoderMAE`] or [`SiTTransformer1DModel`]: In float32 and evaluation mode; it shares no memory with
+            the weights that were read.
 
         Raises:
             OSError: If the weights cannot be found.
             ValueError: If they are corrupt, or do not fit the config or the tables.
         """
-        self.state_dict = _read_weights(self._find_weights())
+        if not self.state_dict:
+            self.read()
         if self.kind == "tokenizer":
             config = configs.autoencoder_config(self.config, self.state_dict)
             return _build(AutoencoderMAE, config, tables.convert_autoencoder_state_dict(self.state_dict, config))

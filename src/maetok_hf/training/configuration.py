@@ -187,7 +187,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def add_flags(parser: Any, cls: type, title: str, defaults: bool = False) -> None:
+def add_flags(
+    parser: Any, cls: type, title: str, defaults: bool = False, positional: typing.Collection[str] = ()
+) -> None:
     """
     Add one flag for every field of a dataclass to an argument parser.
 
@@ -202,6 +204,7 @@ def add_flags(parser: Any, cls: type, title: str, defaults: bool = False) -> Non
         title (`str`): Heading in the help text.
         defaults (`bool`, *optional*, defaults to `False`): Whether the help names defaults: not where a file, such as
             a recipe, gives other values.
+        positional (`Collection[str]`, *optional*): Fields that are words by their place instead of flags.
 
     Raises:
         ValueError: If the parser has another default, which would pass for a typed value, or accepts abbreviations.
@@ -231,7 +234,10 @@ def add_flags(parser: Any, cls: type, title: str, defaults: bool = False) -> Non
             keywords |= {"nargs": "+", "metavar": "KEY=VALUE"}
         else:
             keywords |= {"type": annotation, "metavar": annotation.__name__.upper()}
-        group.add_argument(f"--{field.name}", **keywords)
+        if field.name in positional:
+            group.add_argument(field.name, **(keywords | {"metavar": field.name.upper()}))
+        else:
+            group.add_argument(f"--{field.name}", **keywords)
 
 
 def _default_text(field: dataclasses.Field) -> str:
