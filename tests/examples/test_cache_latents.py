@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub import DatasetCard
 
 from maetok_hf.data import HeldOutImages, ImageRanges, StreamingLatents, open_images, open_latents, to_pixel_values
 from maetok_hf.training import hub as hub_module
 from maetok_hf.training.latent_encoding import ViewEncoder, check_same_encoder, encode_tokens, load_tokenizer
+from tests.loopback_hub import check_card
 from tests.testing_utils import tiny_autoencoder
 
 
@@ -147,8 +147,7 @@ def test_pushed_latents_are_read_by_their_name(run_here, flags, tmp_path, hub, c
     assert repository.private and repository.messages == [f"Latents of {NUM_IMAGES} images"]
     assert repository.files.keys() == {"README.md", "latents.json", *(name for name in before if ".parquet" in name)}
     assert files_in(tmp_path / "out") == before
-    card = DatasetCard.load("user/latents")
-    card.validate(repo_type="dataset")
+    card = check_card("user/latents", "dataset")
     assert 'open_latents("user/latents")' in card.text and str(tmp_path) not in str(card)
     rows = list(datasets.load_dataset("user/latents", split="train", streaming=True))
     local = {"batch_size": 8, "seed": 0}

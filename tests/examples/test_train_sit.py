@@ -14,6 +14,7 @@ import torch
 from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline, SiTTransformer1DModel
 from maetok_hf.models.latents import denormalize_latents
 from maetok_hf.training.checkpointing import complete_checkpoints
+from tests.loopback_hub import check_card
 
 
 MODES = ("cached", "online")
@@ -227,7 +228,7 @@ def test_a_run_is_published_as_a_pipeline_with_its_card_and_picture(run_here, fl
     for name, value in exported.transformer.state_dict().items():
         assert torch.equal(value, published.transformer.state_dict()[name])
     assert "samples.png" in files
-    card = files["README.md"].decode()
+    card = str(check_card("user/squares"))
     assert 'MAETokDiffusionPipeline.from_pretrained("user/squares")' in card and "SiTTransformer1DModel" in card
 
 

@@ -19,6 +19,7 @@ from maetok_hf.pipelines.lora import WEIGHT_NAME, load_lora_into
 from maetok_hf.training.checkpointing import complete_checkpoints, model_digest
 from maetok_hf.training.recipes import load_recipe
 from tests.examples.conftest import EXAMPLES
+from tests.loopback_hub import check_card
 from tests.testing_utils import randomize_parameters
 
 
@@ -264,7 +265,7 @@ def test_a_run_is_published_as_an_adapter_with_its_card_and_picture(run_here, fl
     load_lora_into(pipelines[0], tmp_path / "run")
     load_lora_into(pipelines[1], "user/squares")
     assert model_digest(pipelines[0].transformer) == model_digest(pipelines[1].transformer)
-    card = files["README.md"].decode()
+    card = str(check_card("user/squares"))
     assert 'load_lora_into(pipe, "user/squares")' in card and "| four | 2 | new |" in card
     assert "| two, zwei | 1 | known to the pipeline |" in card and "None" not in card.split("## Limits")[1]
 

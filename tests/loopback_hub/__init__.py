@@ -4,6 +4,7 @@ It speaks what huggingface_hub, diffusers, datasets and peft ask with `HF_HUB_DI
 fails on demand. It proves our side of an exchange, not how the real Hub behaves.
 """
 
+from .cards import check_card
 from .clients import connect_clients, without_waiting
 from .faults import QUOTA_MESSAGE
 from .repositories import Repository
@@ -18,6 +19,7 @@ __all__ = [
     "USER",
     "LoopbackHub",
     "Repository",
+    "check_card",
     "connect_clients",
     "serve_folder",
     "serve_hub",

@@ -1,8 +1,39 @@
-"""What the Hub demands of the metadata of a card."""
+"""What the Hub demands of the metadata of a card, and the check of a card by huggingface_hub's own classes."""
 
 from typing import Any
 
 import yaml
+
+
+def check_card(repo_id: str, repo_type: str = "model") -> Any:
+    """
+    Load a card from the Hub and make sure that its metadata is valid and says the same after a round trip.
+
+    Returns:
+        `ModelCard` or `DatasetCard`: The card.
+    """
+    from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
+    from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+    from huggingface_hub.utils import validate_repo_id
+
+    card_class, data_class = {"model": (ModelCard, ModelCardData), "dataset": (DatasetCard, DatasetCardData)}[
+        repo_type
+    ]
+    card = card_class.load(repo_id)
+    card.validate(repo_type=repo_type)
+    block = yaml.safe_load(card.content.removeprefix("---\n").partition("\n---")[0])
+    assert data_class(**block).to_dict() == card.data.to_dict() == block
+    for name in ("base_model", "datasets", "source_datasets"):
+        named = block.get(name, [])
+        for one in named if isinstance(named, list) else [named]:
+            validate_repo_id(one)
+            assert "/" in one
+    if "model-index" in block:
+        name, results = model_index_to_eval_results(block["model-index"])
+        assert name == repo_id.split("/")[-1] and results == card.data.eval_results
+        assert eval_results_to_model_index(name, results) == block["model-index"]
+    assert "{{" not in card.text and "{%" not in card.text and "TODO" not in card.text
+    return card
 
 
 def errors_in(content: str) -> list[str]:

@@ -150,3 +150,9 @@ def test_continued_training_names_what_it_continues(tmp_path):
     assert "continuing" not in make_card(tmp_path, "sit").text
     assert "continuing `first`" in make_card(tmp_path, "sit", continued_from=str(tmp_path / "first")).text
     assert "continuing `user/first`" in make_card(tmp_path, "sit", continued_from="user/first").text
+
+
+@pytest.mark.parametrize("name", ["user/my model", "nutzer/müll", "a/b/c", "mnist", "a--b/c"])
+def test_names_that_no_repository_can_have_are_no_part_of_the_metadata(tmp_path, name):
+    card = make_card(tmp_path, "sit", dataset_name=name, base_model=name)
+    assert card.data.datasets is None and card.data.base_model is None

@@ -126,7 +126,16 @@ def write_model_card(
 
 def is_on_hub(name: str) -> bool:
     """Whether the name of a model or data set can be that of a repository: it is no local folder."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and name[0] not in "./" and not Path(name).exists()
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if "/" not in name or name[0] in "./" or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def public_name(name: str) -> str:
