@@ -70,7 +70,7 @@ def test_python_blocks_run(page, reader_folder, monkeypatch):
 @pytest.mark.parametrize("page", [README, *PAGES], ids=by_name)
 def test_languages_are_known_and_python_blocks_import_what_exists(page):
     for block in read_blocks(page):
-        assert block.language.startswith("{") or block.language in ("python", "bash", "yaml", "text"), block
+        assert block.language.startswith("{") or block.language in ("", "python", "bash", "yaml", "text"), block
         if block.language != "python":
             continue
         for node in ast.walk(ast.parse(block.code)):

@@ -1,7 +1,7 @@
 """Pages whose source lies elsewhere in the repository, or is not written yet.
 
-Links in `docs` are those of the repository, so that they lead somewhere when read there. In the site, results
-of benchmarks are pages of `results`, and what points to the study is left out as long as it has no document.
+Links in `docs` are those of the repository, so that they lead somewhere when read there. In the site, results of
+benchmarks are pages of `results`, links to folders are plain text, and so are those to a study that has no document yet.
 """
 
 import re
@@ -11,13 +11,20 @@ from sphinx.application import Sphinx
 
 
 RESULT = re.compile(r"\]\((?:\.\./)+benchmarks/results/(\w+\.md)\)")
-STUDY_LINK = re.compile(r"\[([^\]]+)\]\(study\.md\)")
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#:]+)\)")
+STUDIES = ("study", "study-gpu")
 
 
 def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
-    text = RESULT.sub(r"](/results/\1)", source[0])
-    if not (Path(app.srcdir) / "study.md").is_file():
-        text = STUDY_LINK.sub(r"\1", text).replace("\nstudy\n", "\n")
+    folder = Path(app.srcdir, docname).parent
+    missing = {f"{name}.md" for name in STUDIES if not Path(app.srcdir, f"{name}.md").is_file()}
+
+    def without_page(match: re.Match) -> str:
+        return match[1] if match[2] in missing or (folder / match[2]).is_dir() else match[0]
+
+    text = LINK.sub(without_page, RESULT.sub(r"](/results/\1)", source[0]))
+    for name in missing:
+        text = text.replace(f"\n{Path(name).stem}\n", "\n")
     source[0] = text
 
 
