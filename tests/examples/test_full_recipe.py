@@ -18,7 +18,7 @@ from maetok_hf import AutoencoderMAE
 from maetok_hf.training.checkpointing import complete_checkpoints
 from maetok_hf.training.run_options import TokenizerRunOptions
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
-from tests.loopback_hub import check_card
+from tests.loopback_hub import QUOTA_MESSAGE, check_card
 
 
 FEATURES = {"hog", "dinov2", "siglip", "text"}
@@ -179,15 +179,23 @@ def test_a_run_is_published_with_its_card_and_picture(run_here, full_flags, tmp_
     assert str(tmp_path) not in card
 
 
-def test_a_hub_that_fails_later_stops_nothing(run_here, full_flags, tmp_path, hub, monkeypatch):
+def test_a_full_hub_stops_nothing_and_gets_the_model_when_there_is_room(
+    run_here, full_flags, tmp_path, hub, monkeypatch, caplog
+):
     from maetok_hf.training import hub as hub_module
 
     monkeypatch.setattr(hub_module, "RETRY_WAITS", ())
-    hub.fail("commit", 403)
+    hub.quota = 1000
     flags = [*full_flags, "--push_to_hub", "--max_train_steps", "4", "--output_dir", tmp_path / "run"]
     run_here("train_maetok", *flags)
-    AutoencoderMAE.from_pretrained(tmp_path / "run")
+    (warning, *_) = [message for message in caplog.messages if "is not uploaded, training goes on" in message]
+    assert QUOTA_MESSAGE in warning and "To upload it by hand: hf upload user/run " in warning
+    trained = AutoencoderMAE.from_pretrained(tmp_path / "run")
     assert "diffusion_pytorch_model.safetensors" not in hub.repositories["user/run"].files
+    hub.quota = None
+    run_here("train_maetok", *flags)
+    uploaded = AutoencoderMAE.from_pretrained("user/run")
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in uploaded.state_dict().items())
 
 
 @pytest.mark.parametrize(

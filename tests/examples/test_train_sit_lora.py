@@ -256,15 +256,15 @@ def test_a_run_is_published_as_an_adapter_with_its_card_and_picture(run_here, fl
     files = hub.repositories["user/squares"].files
     assert files.keys() >= {WEIGHT_NAME, "lora_info.json", "README.md", "samples.png"}
     for name, content in files.items():
-        path = tmp_path / "downloaded" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        if path.suffix in (".json", ".md"):
+        if name.endswith((".json", ".md")):
             assert str(base.parent) not in content.decode() and str(tmp_path) not in content.decode(), name
     pipelines = [MAETokDiffusionPipeline.from_pretrained(base) for _ in range(2)]
     load_lora_into(pipelines[0], tmp_path / "run")
     load_lora_into(pipelines[1], "user/squares")
     assert model_digest(pipelines[0].transformer) == model_digest(pipelines[1].transformer)
+    hub.repositories["user/squares"].private = True
+    with pytest.raises(OSError, match="(?s)user/squares.*private repo.*token"):
+        load_lora_into(pipelines[1], "user/squares", token=False, cache_dir=tmp_path / "stranger")
     card = str(check_card("user/squares"))
     assert 'load_lora_into(pipe, "user/squares")' in card and "| four | 2 | new |" in card
     assert "| two, zwei | 1 | known to the pipeline |" in card and "None" not in card.split("## Limits")[1]
