@@ -58,6 +58,13 @@ def _resolve(path_or_repo_id: str | Path, name: str, revision: str | None, token
         raise  # the Hub could not be reached, which its own message explains
     except EntryNotFoundError as error:
         raise OSError(f"the Hub repo {path_or_repo_id} has no {name}; it is not in the authors' format.") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # a connection that broke, of which each HTTP library has its own errors
+        raise OSError(
+            f"{name} of the Hub repo {path_or_repo_id} could not be downloaded ({error}): try again, which continues "
+            "where it broke off."
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
