@@ -1,7 +1,8 @@
 """Pages whose source lies elsewhere in the repository, or is not written yet.
 
 Links in `docs` are those of the repository, so that they lead somewhere when read there. In the site, results of
-benchmarks are pages of `results`, links to folders are plain text, and so are those to a study that has no document yet.
+benchmarks are pages of `results`, other Markdown files outside `docs` are downloads, and links to folders and to a
+study that has no document yet are plain text.
 """
 
 import re
@@ -19,10 +20,13 @@ def read_source(app: Sphinx, docname: str, source: list[str]) -> None:
     folder = Path(app.srcdir, docname).parent
     missing = {f"{name}.md" for name in STUDIES if not Path(app.srcdir, f"{name}.md").is_file()}
 
-    def without_page(match: re.Match) -> str:
-        return match[1] if match[2] in missing or (folder / match[2]).is_dir() else match[0]
+    def in_the_site(match: re.Match) -> str:
+        if match[2] in missing or (folder / match[2]).is_dir():
+            return match[1]
+        outside = match[2].startswith("../") and match[2].endswith(".md")
+        return f"[{match[1]}](path:{match[2]})" if outside and folder == Path(app.srcdir) else match[0]
 
-    text = LINK.sub(without_page, RESULT.sub(r"](/results/\1)", source[0]))
+    text = LINK.sub(in_the_site, RESULT.sub(r"](/results/\1)", source[0]))
     for name in missing:
         text = text.replace(f"\n{Path(name).stem}\n", "\n")
     source[0] = text
