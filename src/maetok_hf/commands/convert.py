@@ -252,15 +252,6 @@ def cast(model: ModelMixin, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
 
-@contextlib.contextmanager
-def _about(kind: str, name: str) -> Iterator[None]:
-    """Say of which checkpoint an error is."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{kind} {name}: {error}") from error
-
-
 class Conversion:
     """
     One conversion, from the check of its sources to the folder with its name.
@@ -286,7 +277,7 @@ class Conversion:
         self.sources: list[Source] = []
         self.checkpoints: dict[str, AuthorsCheckpoint] = {}
         for kind, name, revision in asked:
-            with _about(kind, name):
+            with self._about(kind):
                 source = find_source(kind, name, revision)
                 # one commit for all files, whatever is pushed meanwhile
                 self.checkpoints[kind] = AuthorsCheckpoint(kind, name, revision=source.revision or revision)
@@ -295,6 +286,14 @@ class Conversion:
         self.id2label = None
         if options.transformer is not None:
             self.id2label = resolve_names(options.id2label, self.checkpoints["transformer"].config["num_classes"])
+
+    @contextlib.contextmanager
+    def _about(self, kind: str) -> Iterator[None]:
+        """Say of which checkpoint an error is."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{kind} {getattr(self.options, kind)}: {error}") from error
 
     def _set_statistics(self) -> None:
         config = self.checkpoints["tokenizer"].config
@@ -361,16 +360,16 @@ class Conversion:
         for source in self.sources:
             revision = f" at {source.revision}" if source.revision else ""
             print(f"Reading the {source.part} {source.name}{revision}", flush=True)
-            with _about(source.part, source.name):
+            with self._about(source.part):
                 self.checkpoints[source.part].read()
         self._check_disk_space(folder)
         differences: dict[str, float] = {}
         for variant, name in {None: main, **variants}.items():
             print(f"Writing and comparing weights in {name}", flush=True)
             models = {}
-            for source in self.sources:
-                with _about(source.part, source.name):
-                    models[source.part] = self.checkpoints[source.part].convert()
+            for kind, checkpoint in self.checkpoints.items():
+                with self._about(kind):
+                    models[kind] = checkpoint.convert()
             dtypes = {kind: cast(model, getattr(torch, name)) for kind, model in models.items()}
             self._save(folder, models, variant)
             del models

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, metadata_load
+from huggingface_hub import HfApi, hf_hub_download, metadata_load
 from huggingface_hub.errors import HfHubHTTPError
 
 
@@ -96,6 +96,8 @@ def find_source(
         raise OSError(f"{name} is neither a folder nor a Hub repo id.")
     try:
         info = HfApi(token=token).model_info(name, revision=revision)
+        names = [file.rfilename for file in info.siblings or []]
+        card = hf_hub_download(name, _CARD, revision=info.sha, token=token) if _CARD in names else None
     except (HfHubHTTPError, ValueError):
         raise
     except Exception:  # no connection, of which each HTTP library has its own errors
@@ -105,6 +107,6 @@ def find_source(
         name=name,
         on_hub=True,
         revision=info.sha,
-        licence_file=_licence_file([file.rfilename for file in info.siblings or []]),
-        stated_licence=_identifier((info.card_data or {}).get("license")),
+        licence_file=_licence_file(names),
+        stated_licence=None if card is None else _card_licence(Path(card)),
     )
