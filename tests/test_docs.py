@@ -11,6 +11,7 @@ import sys
 import warnings
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,8 +173,8 @@ def test_every_page_is_reached_from_the_first():
     assert {page.stem for page in PAGES} - listed == {"index"}
 
 
-def load_extension():
-    path = DOCS / "_extensions" / "markdown_docstrings.py"
+def load_extension(name):
+    path = DOCS / "_extensions" / f"{name}.py"
     spec = spec_from_file_location(path.stem, path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -206,7 +207,7 @@ def test_docstrings_become_markdown():
     """
     import inspect
 
-    lines = load_extension().to_markdown(inspect.cleandoc(docstring).splitlines())
+    lines = load_extension("markdown_docstrings").to_markdown(inspect.cleandoc(docstring).splitlines())
     assert "\n".join(lines) == inspect.cleandoc(
         """
         What it does, as {docstring}`Other.method` and a [page](https://example.org) with [`code`](x.md) say.
@@ -240,6 +241,24 @@ def test_docstrings_become_markdown():
         ```
         """
     )
+
+
+def test_links_out_of_the_documentation_lead_somewhere_in_the_site(tmp_path):
+    (tmp_path / "folder").mkdir()
+    text = (
+        "[r](../benchmarks/results/x.md) [c](../model_cards/y.md) [f](folder) [s](study.md) [p](other.md) "
+        "![i](images/z.png)\n\nstudy\nother\n"
+    )
+    read = load_extension("repository_pages").read_source
+    source = [text]
+    read(SimpleNamespace(srcdir=tmp_path), "page", source)
+    assert source == [
+        "[r](/results/x.md) [c](path:../model_cards/y.md) f s [p](other.md) ![i](images/z.png)\n\nother\n"
+    ]
+    (tmp_path / "study.md").touch()
+    source = [text]
+    read(SimpleNamespace(srcdir=tmp_path), "page", source)
+    assert "[s](study.md)" in source[0] and "\nstudy\nother\n" in source[0]
 
 
 @pytest.mark.slow
