@@ -49,6 +49,7 @@ def connect_clients(monkeypatch: pytest.MonkeyPatch, hub: LoopbackHub, home: Pat
             "HUB_DATASETS_URL": hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}",
             "HF_HUB_OFFLINE": False,
             "HF_DATASETS_OFFLINE": False,
+            "HF_UPDATE_DOWNLOAD_COUNTS": False,  # by a request to elsewhere
             "HF_DATASETS_CACHE": home / "datasets",
         },
         diffusers.utils.constants: {"HUGGINGFACE_CO_RESOLVE_ENDPOINT": hub.endpoint},

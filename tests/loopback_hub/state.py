@@ -86,6 +86,7 @@ class LoopbackHub:
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
+            "HF_UPDATE_DOWNLOAD_COUNTS": "0",
             "HF_TOKEN": token or "",
         }
 
