@@ -14,7 +14,7 @@ BLOCKS = read_blocks(README)
 
 
 def test_marks_are_few_and_the_quick_start_has_none():
-    assert Counter(block.mark for block in BLOCKS if block.mark) == {"hours": 3, "hub": 1, "gpu": 1}
+    assert Counter(block.mark for block in BLOCKS if block.mark) == {"hours": 3, "hub": 2, "gpu": 1}
     quick_start = [block for block in BLOCKS if block.section == "Quick start"]
     assert len(quick_start) == 5
     assert not any(block.mark for block in quick_start)

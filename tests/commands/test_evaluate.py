@@ -10,7 +10,7 @@ from maetok_hf import __version__
 from maetok_hf.commands import evaluate
 
 
-@pytest.mark.parametrize("name", ["maetok-eval", "maetok-analyze"])
+@pytest.mark.parametrize("name", ["maetok-analyze", "maetok-convert", "maetok-eval"])
 def test_console_entries_lead_to_commands(name):
     [entry] = [entry for entry in entry_points(group="console_scripts") if entry.name == name]
     assert callable(entry.load())
