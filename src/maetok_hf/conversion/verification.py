@@ -21,9 +21,10 @@ from .configs import (
 from .reference import reference_decode, reference_encode, reference_velocity
 
 
-# Root mean square of the difference over that of the reference. Rounding in float32 gives about 1e-6 in the tests and
-# more in deep networks with large activations; a tensor in the wrong place gives about 1.
-TOLERANCE = 1e-3
+# Root mean square of the difference over that of the reference. Random weights of the published sizes give 7e-7 in
+# float32, and the large activations of trained ones may give more; a tensor in the wrong place gives about 1. Whether
+# our layers are the authors' is not asked here: tests compare them with outputs of the authors' code.
+TOLERANCE = 1e-4
 SEED = 0
 
 
