@@ -60,7 +60,9 @@ class Stage(NamedTuple):
         Returns:
             `str`: With a path of the script relative to the project.
         """
-        return shlex.join(["accelerate", *launch_words(num_threads), f"examples/{self.script}", *self.arguments(num_threads)])
+        return shlex.join(
+            ["accelerate", *launch_words(num_threads), f"examples/{self.script}", *self.arguments(num_threads)]
+        )
 
 
 def launch_words(num_threads: int) -> list[str]:
