@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
 
 from ..page.abilities import LoadedPipeline
 from ..page.comparison import check_comparable
@@ -181,6 +182,7 @@ def quiet_others() -> None:
     stay."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     logging.basicConfig(format="%(message)s")
+    disable_progress_bar()  # of loading components
     for name in ("httpx", "httpcore", "asyncio", "multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("gradio", "starlette", "fastapi", "uvicorn", "websockets"):
@@ -214,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with private_folder():
         app = make_app(build_page(pipelines, other), page_css(pipelines))
+        sock.listen()  # a browser that comes at once waits until the server has started
         print(f"The page is at {address_of(sock)} (Ctrl-C ends it).", flush=True)
         if options.host not in LOOPBACK:
             print("Everyone who reaches this machine can use it: there are no passwords.", flush=True)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 
 from ..training.checkpointing import write_json, write_text
 from .abilities import NO_GUIDANCE, LoadedPipeline, default_scheme
 from .comparison import LEFT, RANDOM_CLASS, RIGHT, TIE, Comparison, common_classes, common_schemes, common_solvers
 from .generation import sample
-from .widgets import QUEUED, Abilities, RunControls, picture, with_messages
+from .widgets import QUEUED, Abilities, RunControls, as_files, picture, with_messages
 
 
 # Gradio puts the progress of a call in the place of this default
@@ -65,7 +66,7 @@ def write_results(comparison: Comparison) -> tuple[str, str]:
     Returns:
         `tuple[str, str]`: Paths of a JSON and a CSV file, in a new temporary folder.
     """
-    folder = Path(tempfile.mkdtemp(dir=gr.utils.get_upload_folder()))
+    folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
     paths = folder / "comparison.json", folder / "comparison.csv"
     write_json(paths[0], comparison.to_dict())
     write_text(paths[1], comparison.to_csv())
@@ -123,7 +124,8 @@ def compare_tab(first: LoadedPipeline, second: LoadedPipeline) -> None:
                 progress((part * total + done, 2 * total), unit="steps")
 
             images += sample(pipe, pair.settings, report)
-        sides = images if pair.first_is_left else images[::-1]
+        left, right = images if pair.first_is_left else images[::-1]
+        sides = as_files({"left": left, "right": right})
         text = f"Pair {pair.number + 1}: class {pair.class_name}, seed {pair.settings.seed}. **Which one is better?**"
         return comparison, text, *sides, *[gr.update(interactive=True)] * len(votes), gr.update(value="Show a pair")
 

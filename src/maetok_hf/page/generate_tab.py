@@ -8,7 +8,7 @@ import gradio as gr
 
 from .abilities import LoadedPipeline
 from .generation import python_code, watch
-from .widgets import QUEUED, UNQUEUED, RunControls, abilities_of, gallery, with_messages
+from .widgets import QUEUED, UNQUEUED, RunControls, abilities_of, as_files, gallery, with_messages
 
 
 DEFAULT_IMAGES = 4
@@ -44,13 +44,14 @@ def generate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) -> Ru
         program, begin, frames = python_code(loaded, settings), time.monotonic(), []
         for moment in watch(loaded.pipe, settings):
             captions = [f"seed {seed}" for seed in settings.seeds]
-            frames.append((moment.images[0], "end" if moment.is_final else f"time {moment.time:.2f}"))
+            files = as_files({f"seed-{s}": image for s, image in zip(settings.seeds, moment.images, strict=True)})
+            frames.append((files[0], "end" if moment.is_final else f"time {moment.time:.2f}"))
             text = (
                 f"Done: {moment.num_steps} steps in {time.monotonic() - begin:.1f} s."
                 if moment.is_final
                 else f"Step {moment.step} of {moment.num_steps}: predicted clean images at time {moment.time:.2f}."
             )
-            yield list(zip(moment.images, captions, strict=True)), frames, text, program
+            yield list(zip(files, captions, strict=True)), frames, text, program
 
     outputs = [images, strip, status, code]
     event = start.click(run, [chosen, *controls.inputs], outputs, show_progress="minimal", **QUEUED)

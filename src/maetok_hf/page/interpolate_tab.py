@@ -9,7 +9,7 @@ from PIL import Image
 from .abilities import LoadedPipeline, classes_of
 from .interpolation import MAX_PICTURES, MIN_PICTURES, interpolate_classes, interpolate_images, weights
 from .reconstruction import open_upload
-from .widgets import QUEUED, RunControls, abilities_of, choices, gallery, image_field, with_messages
+from .widgets import QUEUED, RunControls, abilities_of, as_files, choices, gallery, image_field, with_messages
 
 
 # Gradio puts the progress of a call in the place of this default
@@ -25,8 +25,10 @@ The ends are the images that **Generate** gives for this seed.
 """
 
 
-def _with_weights(pictures: list[Image.Image]) -> list[tuple[Image.Image, str]]:
-    return [(image, f"{weight:.0%} second") for image, weight in zip(pictures, weights(len(pictures)), strict=True)]
+def _with_weights(pictures: list[Image.Image]) -> list[tuple[str, str]]:
+    captions = [f"{weight:.0%} second" for weight in weights(len(pictures))]
+    files = as_files({f"picture-{number}": image for number, image in enumerate(pictures)})
+    return list(zip(files, captions, strict=True))
 
 
 def interpolate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) -> tuple[RunControls, gr.Dropdown]:

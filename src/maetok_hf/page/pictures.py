@@ -9,33 +9,31 @@ from PIL import Image
 LATENT_RANGE = 3.0
 
 
-def latent_picture(latent: torch.Tensor, is_normalized: bool) -> Image.Image:
+def latent_picture(latent: torch.Tensor) -> Image.Image:
     """
     A token latent as a picture: tokens from left to right, channels from top to bottom.
 
     Args:
-        latent (`torch.Tensor` of shape `(num_tokens, channels)`): The latent.
-        is_normalized (`bool`): Whether it is the one that a generator sees, whose colors then range over three
-            standard deviations; else over its own largest value.
+        latent (`torch.Tensor` of shape `(num_tokens, channels)`): The latent as a generator sees it.
 
     Returns:
-        `PIL.Image.Image`: With axes and a scale of colors.
+        `PIL.Image.Image`: With axes and a scale of colors, over three standard deviations to both sides.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     values = latent.float().cpu().numpy().T
-    limit = LATENT_RANGE if is_normalized else float(np.abs(values).max()) or 1.0
     # no pyplot: its state is shared by all threads
     figure = Figure(figsize=(9, 3.4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    limits = {"vmin": -LATENT_RANGE, "vmax": LATENT_RANGE}
+    image = axes.imshow(values, cmap="RdBu_r", aspect="auto", interpolation="nearest", **limits)
     axes.set_xlabel(f"token (0 to {values.shape[1] - 1})")
     axes.set_ylabel(f"channel (0 to {values.shape[0] - 1})")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=axes, label="normalised value" if is_normalized else "value", pad=0.01)
+    figure.colorbar(image, ax=axes, label="normalised value", pad=0.01)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -11,20 +11,20 @@ from .abilities import LoadedPipeline
 from .pictures import latent_picture
 from .reconstruction import (
     format_psnr,
-    has_statistics,
     open_upload,
     reconstruct,
     seen_by_generator,
     token_effects,
     token_maps,
 )
-from .widgets import QUEUED, gallery, image_field, picture, with_messages
+from .widgets import EXPECTED, QUEUED, as_files, gallery, image_field, picture, warn, with_messages
 
 
 HELP = """
 Drop an image, or paste one. Its centre square, in the size of the model, is encoded to tokens and decoded again. It
 stays on this server and is deleted when the server ends.
 """
+NO_IMAGE = "No image yet."
 TOKENS_HELP = """
 Each picture shows one token: how much the reconstruction changes when this token is replaced by the mean token.
 Light is much, on the same scale in all; the number is the mean change in levels of 255.
@@ -46,7 +46,7 @@ def reconstruct_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
             upload = image_field("Your image")
             gr.Markdown(HELP)
         with gr.Column(scale=2, min_width=300):
-            status = gr.Markdown("No image yet.", elem_id="reconstruct-status")
+            status = gr.Markdown(NO_IMAGE, elem_id="reconstruct-status")
             with gr.Row():
                 original = picture("What the model sees", height=220, elem_id="original")
                 decoded = picture("Reconstruction", height=220, elem_id="reconstruction")
@@ -57,25 +57,33 @@ def reconstruct_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
                 tokens = gallery("Tokens", 8, elem_id="tokens")
                 gr.Markdown(TOKENS_HELP)
 
-    @with_messages
+    hidden = [None, gr.update(visible=False)]
+
+    def nothing(text: str) -> tuple:
+        return None, text, None, None, None, None, gr.update(interactive=False), *hidden
+
     def show(index: int, path: str | None) -> tuple:
-        hidden = [None, gr.update(visible=False)]
         if path is None:
-            return None, "No image yet.", None, None, None, None, gr.update(interactive=False), *hidden
+            return nothing(NO_IMAGE)
         pipe = pipelines[index].pipe
-        result = reconstruct(pipe, open_upload(path))
-        normalized = has_statistics(pipe)
-        tokens = seen_by_generator(pipe, result.latent) if normalized else result.latent
+        try:
+            result = reconstruct(pipe, open_upload(path))
+        except EXPECTED as error:
+            return nothing(f"**{warn(error)}**")
         text = [f"### {format_psnr(result.psnr)}", *result.notes]
         text.append(f"The largest difference is {result.largest_difference} of 255 levels.")
         return (
             (index, result.latent),
             f"{text[0]}\n{' '.join(text[1:])}",
-            result.original,
-            result.reconstruction,
-            result.difference,
-            latent_picture(tokens, normalized),
-            gr.update(interactive=normalized),
+            *as_files(
+                {
+                    "original": result.original,
+                    "reconstruction": result.reconstruction,
+                    "difference": result.difference,
+                    "latent": latent_picture(seen_by_generator(pipe, result.latent)),
+                }
+            ),
+            gr.update(interactive=True),
             *hidden,
         )
 
@@ -87,8 +95,9 @@ def reconstruct_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
         effects = []
         for part in token_effects(pipelines[index].pipe, raw):
             effects.append(part)
-            maps = token_maps(np.concatenate(effects))
-            yield maps, gr.update(visible=True)
+            images, captions = zip(*token_maps(np.concatenate(effects)), strict=True)
+            files = as_files({f"token-{number}": image for number, image in enumerate(images)})
+            yield list(zip(files, captions, strict=True)), gr.update(visible=True)
 
     outputs = [shown, status, original, decoded, difference, latent, explain, tokens, token_panel]
     for trigger in (upload.change, chosen.change):

@@ -216,17 +216,6 @@ def format_psnr(psnr: float) -> str:
     return "no difference at all" if math.isinf(psnr) else f"{psnr:.2f} dB PSNR"
 
 
-def has_statistics(pipe: MAETokDiffusionPipeline) -> bool:
-    """
-    Args:
-        pipe ([`MAETokDiffusionPipeline`]): The pipeline.
-
-    Returns:
-        `bool`: Whether its tokenizer knows mean and standard deviation of its tokens.
-    """
-    return all(pipe.vae.config[name] is not None for name in ("latents_mean", "latents_std"))
-
-
 def seen_by_generator(pipe: MAETokDiffusionPipeline, latent: torch.Tensor) -> torch.Tensor:
     """
     The tokens as the generator sees them.

@@ -1,5 +1,6 @@
 """Serving the page: on one address, without a word to any other one."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 CONTENT_SECURITY_POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'"
 )
-SHUTDOWN_SECONDS = 2
+SHUTDOWN_SECONDS = 1
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -158,6 +159,12 @@ def make_app(page: "gr.Blocks", css: str) -> Any:
     )
 
 
+def _says_more_than_the_end(record: logging.LogRecord) -> bool:
+    """Whether a message is about more than the connections of open pages, which are cut when the server ends."""
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    return not isinstance(error, asyncio.CancelledError) and "graceful shutdown exceeded" not in record.msg
+
+
 def serve(app: Any, sock: socket.socket) -> None:
     """
     Serve until a signal comes, and then end what is open within seconds.
@@ -171,7 +178,7 @@ def serve(app: Any, sock: socket.socket) -> None:
     """
     import uvicorn
 
-    logging.getLogger("uvicorn.error").addFilter(lambda record: "graceful shutdown exceeded" not in record.msg)
+    logging.getLogger("uvicorn.error").addFilter(_says_more_than_the_end)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS, lifespan="on"
     )

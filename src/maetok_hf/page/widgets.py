@@ -2,12 +2,16 @@
 
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
+from gradio.utils import get_upload_folder
+from PIL import Image
 
 from ..pipelines import MAETokDiffusionPipeline
 from .abilities import NO_GUIDANCE, OWN_SOLVER, SCHEMES, classes_of, default_scheme, schemes_of, solvers_of
@@ -85,9 +89,47 @@ def gallery(label: str, columns: int, **options: Any) -> gr.Gallery:
     )
 
 
+def as_files(images: Mapping[str, Image.Image]) -> list[str]:
+    """
+    Write pictures for the browser. Gradio would name them by their contents, and write an equal one again while a
+    browser reads it.
+
+    Args:
+        images (`Mapping[str, PIL.Image.Image]`): Pictures by name.
+
+    Returns:
+        `list[str]`: Paths of PNG files of these names in a new folder, which go with Gradio's own files.
+    """
+    folder = Path(tempfile.mkdtemp(dir=get_upload_folder()))
+    for name, image in images.items():
+        image.save(folder / f"{name}.png")
+    return [str(folder / f"{name}.png") for name in images]
+
+
+# what a person can do something about
+EXPECTED = (ValueError, FloatingPointError, torch.OutOfMemoryError)
+
+
+def warn(error: Exception) -> str:
+    """
+    Tell the person in front of the page what is wrong. An error of Gradio would put a badge over every picture.
+
+    Args:
+        error (`Exception`): One of `EXPECTED`.
+
+    Returns:
+        `str`: What was told.
+    """
+    message = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        message = "The device has not enough memory for this: ask for fewer images."
+    gr.Warning(message, duration=20, title="That does not work")
+    return message
+
+
 def with_messages(function: Callable) -> Callable:
     """
-    Make what is wrong a message on the page instead of a traceback.
+    Make what is wrong a message on the page instead of a traceback, and leave all else as it is.
 
     Args:
         function (`Callable`): What an event calls, a generator too.
@@ -95,21 +137,15 @@ def with_messages(function: Callable) -> Callable:
     Returns:
         `Callable`: The same with messages.
     """
-
-    def told(error: Exception) -> gr.Error:
-        if isinstance(error, torch.OutOfMemoryError):
-            return gr.Error("The device has not enough memory for this: ask for fewer images.", print_exception=False)
-        return gr.Error(str(error), title="That does not work", duration=20, print_exception=False)
-
-    expected = (ValueError, FloatingPointError, torch.OutOfMemoryError)
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
         def generate(*args: Any, **kwargs: Any) -> Any:
             try:
                 yield from function(*args, **kwargs)
-            except expected as error:
-                raise told(error) from error
+            except EXPECTED as error:
+                warn(error)
+                yield gr.skip()
 
         return generate
 
@@ -117,8 +153,9 @@ def with_messages(function: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except expected as error:
-            raise told(error) from error
+        except EXPECTED as error:
+            warn(error)
+            return gr.skip()
 
     return call
 
