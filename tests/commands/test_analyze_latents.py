@@ -53,7 +53,7 @@ def test_example_is_the_command(words, tmp_path, monkeypatch):
 
 def test_several_processes_are_refused(words, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process, and there are 2.*cache_latents.py"):
+    with pytest.raises(SystemExit, match="one process, and there are 2.*cache_latents.py"):
         analyze_latents.main(words)
     assert not (tmp_path / "out").exists()
 

@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 import pytest
 
 from maetok_hf import __version__
-from maetok_hf.commands import evaluate
+from maetok_hf.commands import analyze_latents, evaluate
 
 
 @pytest.mark.parametrize("name", ["maetok-analyze", "maetok-convert", "maetok-eval"])
@@ -43,3 +43,25 @@ def test_other_names_are_refused(words, given, capsys):
 def test_module_is_the_command():
     command = [sys.executable, "-m", "maetok_hf.commands.evaluate", "--version"]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == __version__
+
+
+@pytest.mark.parametrize("name", [*(f"maetok-eval {name}" for name in evaluate.COMMANDS), "maetok-analyze"])
+def test_help_has_examples_and_exit_codes(name, capsys):
+    program, *words = name.split()
+    main = analyze_latents.main if program == "maetok-analyze" else evaluate.main
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"examples:\n  {name} --" in printed and "exit codes: 0 when all is done" in printed
+    with pytest.raises(SystemExit):
+        main([*words, "--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_what_the_user_can_mend_is_a_line_and_status_1(tmp_path):
+    command = [sys.executable, "-m", "maetok_hf.commands.evaluate", "generation", "--samples", str(tmp_path / "none")]
+    command += ["--reference", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("maetok-eval generation: error: ")

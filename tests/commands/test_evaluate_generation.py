@@ -169,12 +169,12 @@ def test_references_of_all_kinds_give_the_same_number(words, tmp_path, real):
     statistics = tmp_path / "real-scores" / "statistics.npz"
     found = evaluate_with(words, tmp_path, "c", reference=statistics, metrics=("fid", "sfid"))
     assert found["fd"] == pytest.approx(expected["fd"], rel=1e-9)
-    with pytest.raises(ValueError, match="lacks features of 'pool': leave out the `metrics`"):
+    with pytest.raises(SystemExit, match="lacks features of 'pool': leave out the `metrics`"):
         evaluate_with(words, tmp_path, "d", reference=statistics)
     # a file that does not say of which network it is
     found = extractor(real)["pool"]
     np.savez(tmp_path / "adm.npz", mu=found.mean(dim=0).numpy(), sigma=np.cov(found.double().numpy().T))
-    with pytest.raises(ValueError, match="taken for Inception's, and the extractor is 'tiny'"):
+    with pytest.raises(SystemExit, match="taken for Inception's, and the extractor is 'tiny'"):
         evaluate_with(words, tmp_path, "e", reference=tmp_path / "adm.npz", metrics=("fid",))
 
 
@@ -229,13 +229,13 @@ def test_unfinished_set_of_generate_is_refused_and_a_whole_one_brings_its_protoc
         report = evaluate(replaced(words, samples=samples, output_dir=tmp_path / f"out-{samples.name}"))
         assert report["protocol"]["guidance"] == "cfg 1.5 in [0.0, 0.75]"
     (tmp_path / "set" / "images" / "000020.png").unlink()
-    with pytest.raises(ValueError, match="has 20 images, but its settings.json says 21: finish the set"):
+    with pytest.raises(SystemExit, match="has 20 images, but its settings.json says 21: finish the set"):
         evaluate(replaced(words, samples=tmp_path / "set"))
 
 
 def test_a_metric_that_the_extractor_cannot_give_is_refused_before_any_work(words, tmp_path, monkeypatch):
     monkeypatch.setattr(TinyExtractor, "forward", lambda extractor, images: {"pool": images.float().mean(dim=(2, 3))})
-    with pytest.raises(ValueError, match="`metrics` sfid, inception_score need the layers logits, spatial, but the"):
+    with pytest.raises(SystemExit, match="`metrics` sfid, inception_score need the layers logits, spatial, but the"):
         evaluate(words)
     assert not (tmp_path / "out").exists()
 

@@ -128,7 +128,7 @@ def test_what_the_hub_refuses_is_an_error_before_any_work(
 ):
     if token is not None:
         monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(ValueError, match=f"`push_to_hub` = '{repo_id}': .*{reason}"):
+    with pytest.raises(SystemExit, match=f"`push_to_hub` = '{repo_id}': .*{reason}"):
         run(replaced(generation, push_to_hub=repo_id))
     assert not (tmp_path / "out").exists() and "user/missing" not in hub.repositories
 
@@ -159,7 +159,9 @@ def test_a_card_that_changes_meanwhile_keeps_both_changes(hub, generation, monke
 
 def test_a_failure_that_stays_leaves_the_results_here(hub, generation, tmp_path, capsys):
     hub.fail("/commit/", 403, message=QUOTA_MESSAGE)
-    with pytest.raises(OSError, match=f"not all on the Hub in user/pipe: .*{QUOTA_MESSAGE}(.|\n)*same command again"):
+    with pytest.raises(
+        SystemExit, match=f"not all on the Hub in user/pipe: .*{QUOTA_MESSAGE}(.|\n)*same command again"
+    ):
         run(generation)
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "out" / "generation.json").read_text())
     assert f"| FD | {report['results']['fd']:.4f} |" in printed

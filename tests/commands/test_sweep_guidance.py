@@ -124,7 +124,7 @@ def test_other_settings_are_other_cells(common, tmp_path, made):
 
 
 def test_a_method_that_the_pipeline_cannot_do_is_refused_before_any_image(common, tmp_path, made):
-    with pytest.raises(ValueError, match="guidance_transformer"):
+    with pytest.raises(SystemExit, match="guidance_transformer"):
         sweep(common, tmp_path / "out", methods=("cfg", "autoguidance"))
     assert made == []
 

@@ -9,14 +9,22 @@ from collections.abc import Sequence
 from ..analysis.options import AnalysisOptions
 from ..analysis.report import to_markdown
 from ..analysis.run import MARKDOWN_FILE, REPORT_FILE, run_analysis
-from .command_line import parse_words
+from .command_line import parse_words, reported_errors
 from .processes import Processes
 
 
-DESCRIPTION = """
+PROG = "maetok-analyze"
+DESCRIPTION = """\
 Compare the latents of tokenizers: a linear probe, Gaussian mixtures of several sizes, a picture by UMAP, statistics of
 the channels and effective ranks, on the same images for all. Prints a table, and writes it with the protocol, JSON and
 pictures. The same command continues what was stopped, and measures nothing twice.
+"""
+EXAMPLES = f"""\
+  {PROG} --tokenizer runs/tokenizer stabilityai/sd-vae-ft-ema --dataset ILSVRC/imagenet-1k \\
+      --held_out_split validation --output_dir runs/analysis
+  {PROG} --tokenizer runs/autoencoder runs/maetok --names AE MAETok --dataset path/to/images --resolution 64 \\
+      --mixture_sizes 10 20 50 --output_dir runs/analysis
+  {PROG} --tokenizer runs/latents runs/latents-vae --output_dir runs/analysis
 """
 
 
@@ -30,7 +38,7 @@ def parse_options(words: Sequence[str] | None = None) -> AnalysisOptions:
     Returns:
         [`AnalysisOptions`]: What is asked for.
     """
-    return parse_words("maetok-analyze", DESCRIPTION, AnalysisOptions, words)
+    return parse_words(PROG, DESCRIPTION, EXAMPLES, AnalysisOptions, words)
 
 
 def check_launcher() -> None:
@@ -57,14 +65,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (`Sequence[str]`, *optional*): Words of the command line; by default those of this process.
     """
     options = parse_options(argv)
-    check_launcher()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("maetok_hf").setLevel(logging.INFO)
-    processes = Processes(options.device)
-    processes.release()  # what is done is on the disk, so that a signal may end the process at once
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    previous = signal.getsignal(signal.SIGTERM)
     try:
-        report = run_analysis(options, processes.device, processes.metric_device)
+        with reported_errors(PROG):
+            check_launcher()
+            processes = Processes(options.device)
+            processes.release()  # what is done is on the disk, so that a signal may end the process at once
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+            report = run_analysis(options, processes.device, processes.metric_device)
     finally:
         signal.signal(signal.SIGTERM, previous)
     print(to_markdown(report))

@@ -2,7 +2,11 @@
 
 import argparse
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
 from ..evaluation.hub_results import ResultsUpload
@@ -11,6 +15,10 @@ from ..training.interruption import end_process
 from .processes import Processes
 
 
+EXIT_CODES = """
+exit codes: 0 when all is done, 1 if something cannot be read, measured or written, 2 for a wrong command line, 128 and
+the number of the signal that stopped it; after 1 and a signal, the same command goes on with what is there.
+"""
 T = TypeVar("T")
 
 
@@ -20,13 +28,34 @@ class Evaluation(Protocol):
     def measure(self) -> dict[str, Any] | None: ...
 
 
-def parse_words(prog: str, description: str, cls: type[T], words: Sequence[str] | None = None) -> T:
+@contextmanager
+def reported_errors(prog: str) -> Iterator[None]:
+    """
+    End the process with a line, not a traceback, if what the user gave or the machine is the cause.
+
+    Args:
+        prog (`str`): The command, for the line.
+
+    Raises:
+        SystemExit: With the line, which makes the status 1, in place of an `ImportError`, `OSError` or `ValueError`;
+            with 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"{prog}: error: {error}") from error
+
+
+def parse_words(prog: str, description: str, examples: str, cls: type[T], words: Sequence[str] | None = None) -> T:
     """
     Read a command line with one flag for every field of a dataclass.
 
     Args:
         prog (`str`): The command.
         description (`str`): What it does, for `--help`.
+        examples (`str`): Command lines, for `--help`.
         cls (`type`): The dataclass.
         words (`Sequence[str]`, *optional*): Words of the command line; by default those of this process.
 
@@ -37,8 +66,14 @@ def parse_words(prog: str, description: str, cls: type[T], words: Sequence[str] 
         SystemExit: With a message, if a flag or its value is wrong.
     """
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+        prog=prog,
+        description=description,
+        epilog=f"examples:\n{examples}{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=version("maetok_hf"))
     add_flags(parser, cls, "options", defaults=True)
     try:
         return build(cls, given_flags(parser.parse_args(words), cls))
@@ -47,6 +82,7 @@ def parse_words(prog: str, description: str, cls: type[T], words: Sequence[str] 
 
 
 def run_evaluation(
+    prog: str,
     make: Callable[[Processes], Evaluation],
     device: str,
     show: Callable[[Mapping[str, Any]], str],
@@ -58,6 +94,7 @@ def run_evaluation(
     Evaluate, print what was measured, upload it if that is asked for, and end the process.
 
     Args:
+        prog (`str`): The command, for the line of an error.
         make (`Callable[[Processes], Evaluation]`): Makes what this process does.
         device (`str`): `"auto"`, `"cpu"` or `"cuda"`.
         show (`Callable[[Mapping[str, Any]], str]`): What is printed of a report.
@@ -66,20 +103,21 @@ def run_evaluation(
         push (`Callable[[ResultsUpload, Mapping[str, Any]], str]`): Uploads a report, and returns its address.
 
     Raises:
-        ValueError: If the Hub refuses, before any work.
-        OSError: If the results are not uploaded, after they have been printed.
+        SystemExit: With a message, if something cannot be read, measured or written, or the Hub refuses, which it is
+            asked before any work. If the upload fails later, the results have been printed.
     """
     logging.basicConfig(format="%(message)s")
-    processes = Processes(device)
-    try:
-        upload = ResultsUpload(repo_id) if repo_id is not None and processes.is_main else None
-        report = make(processes).measure()
-    finally:
-        processes.release()
-    if report is not None:
-        print(f"{show(report)}\n{files}")
-        if upload is not None:
-            print(f"The results are on the Hub: {push(upload, report)}")
+    with reported_errors(prog):
+        processes = Processes(device)
+        try:
+            upload = ResultsUpload(repo_id) if repo_id is not None and processes.is_main else None
+            report = make(processes).measure()
+        finally:
+            processes.release()
+        if report is not None:
+            print(f"{show(report)}\n{files}")
+            if upload is not None:
+                print(f"The results are on the Hub: {push(upload, report)}")
     end_process()
 
 

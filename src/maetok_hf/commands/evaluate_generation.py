@@ -40,10 +40,18 @@ from .command_line import parse_words, run_evaluation, table
 from .processes import Processes
 
 
-DESCRIPTION = """
+PROG = "maetok-eval generation"
+DESCRIPTION = """\
 Score generated images: FID, sFID, Inception Score, KID, precision and recall, or the Fréchet distance in DINOv2's
 features. Of images that are there, or of a pipeline's as they are sampled. Prints a table with its protocol, and
 writes both as JSON. The same command continues what was stopped, on any number of processes.
+"""
+EXAMPLES = f"""\
+  {PROG} --samples runs/samples --reference VIRTUAL_imagenet256_labeled.npz --output_dir runs/scores
+  {PROG} --pretrained_model_name_or_path runs/generator --num_images 50000 --dtype bfloat16 \\
+      --reference VIRTUAL_imagenet256_labeled.npz --output_dir runs/scores
+  {PROG} --samples runs/samples --reference path/to/images --reference_resolution 256 --metrics fid kid \\
+      --extractor dinov2 --output_dir runs/scores-dinov2
 """
 REPORT_FILE = "generation.json"
 STATISTICS_FILE = "statistics.npz"
@@ -60,7 +68,7 @@ def parse_options(words: Sequence[str] | None = None) -> GenerationScoreOptions:
     Returns:
         [`GenerationScoreOptions`]: What is asked for.
     """
-    return parse_words("maetok-eval generation", DESCRIPTION, GenerationScoreOptions, words)
+    return parse_words(PROG, DESCRIPTION, EXAMPLES, GenerationScoreOptions, words)
 
 
 class ReferenceRun:
@@ -395,6 +403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     files = f"{REPORT_FILE}, {STATISTICS_FILE} and features/{FEATURES_FILE} are in {options.output_dir}."
     run_evaluation(
+        PROG,
         lambda processes: GenerationEvaluation(options, processes),
         options.device,
         to_table,

@@ -29,10 +29,15 @@ from .evaluate_generation import KEY_LENGTH, ReferenceRun, layers_of, open_extra
 from .processes import Processes
 
 
-DESCRIPTION = """
+PROG = "maetok-eval guidance"
+DESCRIPTION = """\
 Score a pipeline's images over scales and intervals of guidance. Prints a table with its protocol, and writes both,
 JSON and a picture. Each cell is kept when it is measured: the same command continues what was stopped, on any number
 of processes, and one with more scales or intervals adds these.
+"""
+EXAMPLES = f"""\
+  {PROG} --pretrained_model_name_or_path runs/generator --reference VIRTUAL_imagenet256_labeled.npz \\
+      --guidance_scales 1 1.5 1.9 2.5 --guidance_intervals 0,1 0,0.75 --num_images 10000 --output_dir runs/guidance
 """
 REPORT_FILE = "guidance.json"
 MARKDOWN_FILE = "guidance.md"
@@ -92,7 +97,7 @@ def parse_options(words: Sequence[str] | None = None) -> SweepOptions:
     Returns:
         [`SweepOptions`]: What is asked for.
     """
-    return parse_words("maetok-eval guidance", DESCRIPTION, SweepOptions, words)
+    return parse_words(PROG, DESCRIPTION, EXAMPLES, SweepOptions, words)
 
 
 class GuidanceSweep:
@@ -295,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     files = f"{REPORT_FILE}, {MARKDOWN_FILE} and {PICTURE_FILE} are in {options.output_dir}."
     run_evaluation(
+        PROG,
         lambda processes: GuidanceSweep(options, processes),
         options.device,
         to_markdown,
