@@ -314,9 +314,17 @@ class GeneratorTraining:
             self.publish(average, done)
 
     def make_pipeline(self, transformer: torch.nn.Module) -> MAETokDiffusionPipeline:
-        """The pipeline of a trained transformer, with the paper's sampler."""
+        """The pipeline of a trained transformer, with the paper's sampler, and the recipe's steps and guidance."""
         scheduler = FlowMatchEulerMaruyamaScheduler(path=transformer.config.path)
-        return MAETokDiffusionPipeline(self.tokenizer, transformer, scheduler, id2label=self.id2label)
+        return MAETokDiffusionPipeline(
+            self.tokenizer,
+            transformer,
+            scheduler,
+            id2label=self.id2label,
+            default_num_inference_steps=self.recipe.num_inference_steps,
+            default_guidance_scale=self.recipe.guidance_scale,
+            default_guidance_interval=self.recipe.guidance_interval,
+        )
 
     @torch.no_grad()
     def validate(self, transformer: torch.nn.Module, step: int) -> None:

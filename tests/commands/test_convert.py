@@ -364,7 +364,7 @@ def upstream(hub):
 
 def test_published_checkpoints_go_from_the_hub_to_the_hub(here, upstream, capsys):
     words = ("MAETok/maetok-b-128", "--transformer", "MAETok/sit-xl_maetok-b-128", "--output", "x")
-    convert(*words, "--push_to_hub", "converted", "--private", "--dtype", "float32", "float16")
+    convert(*words, "--push_to_hub", "converted", "--hub_private_repo", "--dtype", "float32", "float16")
     repository = upstream.repositories["user/converted"]
     assert repository.private and repository.messages == ["Converted by maetok-convert"]
     pipe = DiffusionPipeline.from_pretrained("user/converted")
@@ -443,7 +443,7 @@ def test_repositories_that_are_not_there_are_named(here, upstream, capsys):
         (["t"], "needs a value for 'output'"),
         (["t", "--output", "x", "--push_to_hub", "a/b/c"], "`push_to_hub`: Repo id must"),
         (["t", "--output", "x", "--push_to_hub", "../x"], "`push_to_hub`: Repo id must"),
-        (["t", "--output", "x", "--private"], "`private` = True has no effect without `push_to_hub`"),
+        (["t", "--output", "x", "--hub_private_repo"], "`hub_private_repo` = True has no effect without `push_to_hub`"),
         (
             ["t", "--output", "x", "--guidance_scale", "2"],
             "`guidance_scale` = 2.0 has no effect without `transformer`",

@@ -43,7 +43,7 @@ def run(pipe):
 
 
 def test_a_pipeline_goes_from_a_hub_to_a_hub(hub, words, tmp_path):
-    convert.main([*words, "--private", "true"])
+    convert.main([*words, "--hub_private_repo", "true"])
     repository = hub.repositories["user/converted"]
     assert repository.private and len(repository.messages) == 1
     local = {str(p.relative_to(tmp_path / "converted")) for p in (tmp_path / "converted").rglob("*") if p.is_file()}

@@ -110,15 +110,15 @@ def test_statistics_of_originals_serve_other_tokenizers(words, tmp_path):
 def test_a_reference_of_other_images_is_refused(words, tmp_path):
     evaluate(words)
     again = replaced(words, output_dir=tmp_path / "again", reference=tmp_path / "out" / "originals.npz")
-    with pytest.raises(ValueError, match="of another protocol:\n  images"):
+    with pytest.raises(SystemExit, match="of another protocol:\n  images"):
         evaluate(replaced(again, num_images=20))
     statistics = moments(TinyExtractor()(random_images(COUNT))["pool"])
     train = tmp_path / "VIRTUAL_train.npz"
     np.savez(train, mu=statistics.mean.numpy(), sigma=statistics.covariance.numpy())
-    with pytest.raises(ValueError, match="does not say of which images it is: rFID compares with the originals"):
+    with pytest.raises(SystemExit, match="does not say of which images it is: rFID compares with the originals"):
         evaluate(replaced(again, reference=train))
     save_moments(train, {"pool": statistics}, {"extractor": "inception"})
-    with pytest.raises(ValueError, match="extractor: 'inception' there, 'tiny' now"):
+    with pytest.raises(SystemExit, match="extractor: 'inception' there, 'tiny' now"):
         evaluate(replaced(again, reference=train))
 
 
@@ -151,13 +151,13 @@ def test_missing_weights_are_named_before_anything_is_computed(words, tmp_path, 
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(OSError, match=f"{file}.*"):
+    with pytest.raises(SystemExit, match=f"{file}.*"):
         evaluate(replaced(words, **given))
     assert not (tmp_path / "out" / "features").exists()
 
 
 def test_an_extractor_that_cannot_be_imported_is_named(words):
-    with pytest.raises(ValueError, match="`extractor` 'nowhere:Network' cannot be imported .*PYTHONPATH"):
+    with pytest.raises(SystemExit, match="`extractor` 'nowhere:Network' cannot be imported .*PYTHONPATH"):
         evaluate(replaced(words, extractor="nowhere:Network"))
 
 

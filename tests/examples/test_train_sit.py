@@ -32,9 +32,12 @@ def flags(flags_of):
 @pytest.mark.parametrize("mode", MODES)
 def test_result_is_a_loadable_pipeline_with_averaged_weights(run_here, flags_of, tokenizer_folder, tmp_path, mode):
     folder = tmp_path / "out"
-    run_here("train_sit", *flags_of(mode), "--output_dir", folder, "--validation_steps", "4")
+    guidance = ["--guidance_scale", "1.25", "--guidance_interval", "0.25", "0.5", "--num_inference_steps", "3"]
+    run_here("train_sit", *flags_of(mode), "--output_dir", folder, "--validation_steps", "4", *guidance)
     pipeline = MAETokDiffusionPipeline.from_pretrained(folder)
     assert pipeline.config.id2label == {0: "one", 1: "two", 2: "three"}
+    assert pipeline.config.default_num_inference_steps == 3
+    assert (pipeline.config.default_guidance_scale, pipeline.config.default_guidance_interval) == (1.25, [0.25, 0.5])
     assert pipeline.transformer.config.num_classes == 3
     average = SiTTransformer1DModel.from_pretrained(folder / "checkpoint-8" / "transformer_ema")
     online = SiTTransformer1DModel.from_pretrained(folder / "checkpoint-8" / "transformer")

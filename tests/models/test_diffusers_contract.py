@@ -179,7 +179,7 @@ def test_sharded_checkpoints(case, variant, tmp_path, monkeypatch):
 def test_low_precision_loading_keeps_float32_modules(case, dtype, tmp_path):
     model = case.build()
     model.save_pretrained(tmp_path)
-    loaded = case.model_class.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = case.model_class.from_pretrained(tmp_path, dtype=dtype)
     assert loaded.dtype == dtype
     kept = ["freqs"]  # angles are frequencies times positions: half precision would rotate far tokens elsewhere
     assert (case.model_class._keep_in_fp32_modules or []) == [k for k in kept if hasattr(case.model_class, "encode")]
@@ -191,7 +191,7 @@ def test_low_precision_loading_keeps_float32_modules(case, dtype, tmp_path):
     assert case.run(loaded, dtype=dtype).dtype == dtype
 
     loaded.save_pretrained(tmp_path / "again")
-    assert_same_weights(loaded, case.model_class.from_pretrained(tmp_path / "again", torch_dtype=dtype))
+    assert_same_weights(loaded, case.model_class.from_pretrained(tmp_path / "again", dtype=dtype))
 
 
 def test_casting_float32_modules_warns(case, caplog):

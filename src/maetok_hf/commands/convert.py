@@ -43,7 +43,7 @@ EXAMPLES = f"""\
 examples:
   {PROG} MAETok/maetok-b-128 --transformer MAETok/sit-xl_maetok-b-128 --output maetok-sit-xl-256
   {PROG} MAETok/maetok-b-512 --transformer MAETok/sit-xl_maetok-b-128-512 --output maetok-sit-xl-512 \\
-      --dtype float32 bfloat16 --push_to_hub user/maetok-sit-xl-512 --private
+      --dtype float32 bfloat16 --push_to_hub user/maetok-sit-xl-512 --hub_private_repo
   {PROG} MAETok/maetok-b-128 --output maetok-b-128
   {PROG} runs/tokenizer --transformer runs/sit/0400000.pt --output converted --id2label names.json
 
@@ -98,7 +98,7 @@ class ConvertOptions:
             Licence for the card's metadata, by its identifier on the Hub; by default the one that the sources name.
         push_to_hub (`str`, *optional*):
             Hub repository to upload to as well; it is created if it does not exist.
-        private (`bool`, *optional*, defaults to `False`):
+        hub_private_repo (`bool`, *optional*, defaults to `False`):
             Make that repository private if it is created.
     """
 
@@ -116,7 +116,7 @@ class ConvertOptions:
     latents_std: float | None = None
     license: str | None = None
     push_to_hub: str | None = None
-    private: bool = False
+    hub_private_repo: bool = False
 
     def __post_init__(self):
         if self.transformer is None:
@@ -131,7 +131,7 @@ class ConvertOptions:
         if self.guidance_interval is not None:
             check_guidance_interval(self.guidance_interval)
         if self.push_to_hub is None:
-            refuse_effectless(self, ("private",), "without `push_to_hub`")
+            refuse_effectless(self, ("hub_private_repo",), "without `push_to_hub`")
         else:
             from huggingface_hub.utils import validate_repo_id
 
@@ -269,7 +269,7 @@ class Conversion:
         self.output = check_output(options.output)
         self.repo_id = options.push_to_hub
         if self.repo_id is not None:
-            self.repo_id = check_upload(self.repo_id, private=options.private)
+            self.repo_id = check_upload(self.repo_id, private=options.hub_private_repo)
         asked = [("tokenizer", options.tokenizer, options.revision)]
         if options.transformer is not None:
             asked.append(("transformer", options.transformer, options.transformer_revision))
@@ -350,7 +350,7 @@ class Conversion:
         print(f"{self.output} is complete.", flush=True)
         if self.repo_id is not None:
             print(f"Uploading to {self.repo_id}", flush=True)
-            repo_id = upload_files(self.output, self.repo_id, f"Converted by {PROG}", private=self.options.private)
+            repo_id = upload_files(self.output, self.repo_id, f"Converted by {PROG}", private=self.options.hub_private_repo)
             print(f"It is on the Hub: {repo_id}", flush=True)
         return self.output
 

@@ -38,9 +38,16 @@ from .command_line import parse_words, run_evaluation, table
 from .processes import Processes
 
 
-DESCRIPTION = """
+PROG = "maetok-eval tokenizer"
+DESCRIPTION = """\
 Reconstruct images by a tokenizer, and measure rFID, PSNR, SSIM and LPIPS. Prints a table with its protocol, and writes
 both as JSON. The same command continues what was stopped, on any number of processes.
+"""
+EXAMPLES = f"""\
+  {PROG} --tokenizer_name_or_path runs/tokenizer --dataset_name ILSVRC/imagenet-1k --lpips vgg \\
+      --output_dir runs/reconstruction
+  {PROG} --tokenizer_name_or_path stabilityai/sd-vae-ft-ema --dataset_name path/to/images --resolution 256 \\
+      --split test --output_dir runs/reconstruction-vae
 """
 REPORT_FILE = "reconstruction.json"
 ORIGINALS_FILE = "originals.npz"
@@ -65,7 +72,7 @@ def parse_options(words: Sequence[str] | None = None) -> TokenizerEvaluationOpti
     Returns:
         [`TokenizerEvaluationOptions`]: What is asked for.
     """
-    return parse_words("maetok-eval tokenizer", DESCRIPTION, TokenizerEvaluationOptions, words)
+    return parse_words(PROG, DESCRIPTION, EXAMPLES, TokenizerEvaluationOptions, words)
 
 
 def open_originals(options: TokenizerEvaluationOptions) -> ImageReader:
@@ -116,15 +123,16 @@ class TokenizerEvaluation:
             None if options.extractor == "none" else load_extractor(options.extractor, options.extractor_weights)
         )
         self.extractor = extractor.to(device) if isinstance(extractor, torch.nn.Module) else extractor
-        tokenizer = load_tokenizer(
-            options.tokenizer_name_or_path, options.tokenizer_subfolder, options.tokenizer_revision
-        )
+        place = (options.tokenizer_name_or_path, options.tokenizer_subfolder, options.tokenizer_revision)
+        tokenizer = load_tokenizer(*place)
         self.identity = image_set_identity(self.images)
         self.reference = self._read_reference()
         perceptual = None if options.lpips is None else PerceptualLoss.from_pretrained(options.lpips)
-        self.protocol = self._protocol(tokenizer, perceptual)
+        self.protocol = self._protocol(tokenizer, perceptual)  # by the digest of the weights in float32
+        if options.dtype != "float32":
+            tokenizer = load_tokenizer(*place, dtype=getattr(torch, options.dtype))
         self.features = TokenizerFeatures(
-            tokenizer.to(device, getattr(torch, options.dtype)),
+            tokenizer.to(device),
             self.extractor,
             None if perceptual is None else perceptual.to(device),
             options.rounding,
@@ -254,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     files = f"{REPORT_FILE} is in {options.output_dir}."
     run_evaluation(
+        PROG,
         lambda processes: TokenizerEvaluation(options, processes),
         options.device,
         to_table,

@@ -21,13 +21,13 @@ class FlowRecipe(OptimizationRecipe):
             Weight of LightningDiT's direction term, 1 - cos of predicted and true velocity over the channels; 0 for
             none.
         guidance_scale (`float`, *optional*, defaults to 1.0):
-            Guidance of the samples that the run shows; 1 for none. A model of guidance-free training has the
-            temperature 1 / `guidance_scale`.
+            Guidance of the samples that the run shows, and of the exported pipeline's calls that give none; 1 for no
+            guidance. A model of guidance-free training has the temperature 1 / `guidance_scale`.
         guidance_interval (`list[float]`, *optional*, defaults to `[0.0, 1.0]`):
             Times between which they are guided, lowest and highest; outside, a model of guidance-free training has the
             temperature 1.
         num_inference_steps (`int`, *optional*, defaults to 250):
-            Solver steps of these samples.
+            Solver steps of these samples, and of the pipeline's calls that give none.
     """
 
     time_density: Literal["uniform", "lognormal"] = "uniform"

@@ -95,7 +95,7 @@ def _trained_transformer(
             f"`architecture` is {recipe.architecture!r}, a {transformer_class.__name__}, but the transformer of "
             f"{source} is a {saved}: choose the recipe of its architecture."
         )
-    transformer = transformer_class.from_pretrained(source, subfolder="transformer", torch_dtype=torch.float32)
+    transformer = transformer_class.from_pretrained(source, subfolder="transformer", dtype=torch.float32)
     config = transformer.config
     if (config.sample_size, config.in_channels) != tuple(latent_shape):
         raise ValueError(

@@ -20,7 +20,12 @@ DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
 DECODER_SETTINGS = ("decoder_", "latents_mean", "latents_std", "up_block_types", "use_post_quant_conv")
 
 
-def load_tokenizer(name_or_path: str, subfolder: str | None = None, revision: str | None = None) -> ModelMixin:
+def load_tokenizer(
+    name_or_path: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ModelMixin:
     """
     Load a tokenizer by the class that its config names.
 
@@ -28,16 +33,18 @@ def load_tokenizer(name_or_path: str, subfolder: str | None = None, revision: st
         name_or_path (`str`): Folder or Hub repository.
         subfolder (`str`, *optional*): Its folder in there, such as `"vae"` in a pipeline.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Dtype of the weights but those that a model keeps in float32, which `to(dtype)` would cast as well.
 
     Returns:
-        `ModelMixin`: The frozen tokenizer in float32, in evaluation mode.
+        `ModelMixin`: The frozen tokenizer, in evaluation mode.
 
     Raises:
         ValueError: If there is a `revision` of a local folder.
     """
     if revision is not None and os.path.isdir(name_or_path):
         raise ValueError(f"`revision={revision!r}` has no meaning for the local folder {name_or_path}: remove it.")
-    tokenizer = AutoModel.from_pretrained(name_or_path, subfolder=subfolder, revision=revision)
+    tokenizer = AutoModel.from_pretrained(name_or_path, subfolder=subfolder, revision=revision, dtype=dtype)
     return tokenizer.requires_grad_(False).eval()
 
 
