@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 SOURCES := src tests examples benchmarks docs setup.py
 
-.PHONY: demo study study-generators docs test test-slow quality style clean
+.PHONY: demo study study-generators docs screenshots test test-slow quality style clean
 
 # The stamp is remade when the requirements change; an interrupted installation leaves none and is repeated.
 $(VENV)/installed: setup.py pyproject.toml
@@ -42,12 +42,19 @@ docs: $(VENV)/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "The documentation is in build/docs/index.html"
 
+# Pictures of the page for docs/images, with the pipeline of `make demo` and Debian's chromium.
+screenshots: $(VENV)/installed
+	@test -e outputs/demo/pipeline/model_index.json || { echo "error: no outputs/demo/pipeline: run make demo first"; exit 1; }
+	$(BIN)/python -m tests.page.screenshots
+
 test: $(VENV)/installed
 	$(PYTEST)
 
 test-slow: $(VENV)/installed
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.isfile(sysconfig.get_path("include") + "/Python.h"))' \
 		|| { echo "error: no Python.h, which torch.compile needs: apt-get install python3-dev"; exit 1; }
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null \
+		|| echo "note: no chromium, so that the page is not tested in a browser: apt-get install chromium"
 	$(PYTEST) -m slow
 
 quality: $(VENV)/installed

@@ -48,10 +48,10 @@ def open_browser(chromium: str, **options: Any) -> Iterator[Any]:
 class Server:
     """`maetok-demo` as a process of its own, on a free port."""
 
-    def __init__(self, *words: str, temporary: str | None = None):
+    def __init__(self, *words: str, temporary: str | None = None, cwd: str | Path = ROOT):
         self.process = subprocess.Popen(
             [sys.executable, "-m", "maetok_hf.commands.demo_page", "--port", "0", *words],
-            cwd=ROOT,
+            cwd=cwd,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -76,9 +76,9 @@ class Server:
 
 
 @contextmanager
-def serve_page(*words: str, temporary: str | None = None) -> Iterator[Server]:
+def serve_page(*words: str, **options: Any) -> Iterator[Server]:
     """A server that is ended in any case."""
-    server = Server(*words, temporary=temporary)
+    server = Server(*words, **options)
     try:
         yield server
     finally:

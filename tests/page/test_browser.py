@@ -103,7 +103,8 @@ def choose(page, label, value):
     """Choose from a list by its words."""
     field = page.get_by_label(label, exact=True).locator("visible=true")
     field.click()
-    page.get_by_role("option", name=value, exact=True).click()
+    own = page.locator(f"[id^='{field.get_attribute('aria-controls')}-']")  # the list of another field may still fade
+    page.get_by_role("option", name=value, exact=True).and_(own).click()
 
 
 def set_number(page, label, value):
