@@ -236,3 +236,18 @@ def test_precision_and_recall_depend_neither_on_blocks_nor_on_order(neighborhood
 def test_precision_refuses_more_neighbours_than_samples(neighborhoods):
     with pytest.raises(ValueError, match="below the size of the smaller set, 3, got 3"):
         neighborhoods(normal(9, 2), normal(3, 2))
+
+
+def test_numbers_that_are_not_finite_are_refused(scorer, neighborhoods, two_sets):
+    first, second = two_sets
+    broken = first.clone()
+    broken[7, 3] = torch.nan
+    functions = (kernel_distance, kernel_distance_of_subsets, neighborhoods)
+    for function in functions:
+        for sets in ((broken, second), (second, broken)):
+            with pytest.raises(ValueError, match="must be finite"):
+                function(*sets, **({"subset_size": 10} if function is kernel_distance_of_subsets else {}))
+    with pytest.raises(ValueError, match="`logits` must be finite"):
+        scorer(broken)
+    with pytest.raises(ValueError, match="`second` has a mean or a covariance that is not finite"):
+        frechet_distance(moments_of(first), moments_of(broken))

@@ -145,8 +145,8 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="`folder` .* is no folder"):
         FolderImages(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="from 1 to 0"):
-        FolderImages(tmp_path / "empty")
+    with pytest.raises(ValueError, match="empty' has no images"):
+        FolderImages(tmp_path / "empty", 5)
 
 
 @pytest.mark.parametrize(

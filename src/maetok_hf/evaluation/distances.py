@@ -32,8 +32,11 @@ def frechet_distance(first: Moments, second: Moments) -> float:
         `float`: The distance, not negative.
 
     Raises:
-        ValueError: If the sets have different numbers of features.
+        ValueError: If the sets have different numbers of features, or a number is not finite.
     """
+    for name, moments in (("first", first), ("second", second)):
+        if not (moments.mean.isfinite().all() and moments.covariance.isfinite().all()):
+            raise ValueError(f"`{name}` has a mean or a covariance that is not finite: run the extractor in float32.")
     if first.mean.shape != second.mean.shape:
         raise ValueError(
             f"`first` has {len(first.mean)} features but `second` {len(second.mean)}: use one extractor for both."
@@ -68,7 +71,7 @@ def kernel_distance(
         `float`: The estimate, which may be negative.
 
     Raises:
-        ValueError: If the features do not fit together, or a set has fewer than two samples.
+        ValueError: If the features do not fit together or are not finite, or a set has fewer than two samples.
     """
     _check_features(first, second)
     if min(len(first), len(second)) < 2:
@@ -118,7 +121,7 @@ def kernel_distance_of_subsets(
         `tuple[float, float]`: Mean and standard deviation (divided by the number of subsets).
 
     Raises:
-        ValueError: If the features do not fit together, or a set is smaller than a subset.
+        ValueError: If the features do not fit together or are not finite, or a set is smaller than a subset.
     """
     _check_features(first, second)
     if not 2 <= subset_size <= min(len(first), len(second)) or num_subsets < 1:
@@ -156,7 +159,7 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> tuple[float
 
     Raises:
         ImportError: If torch-fidelity is not installed.
-        ValueError: If there are no logits, or `split_size` is not positive.
+        ValueError: If there are no logits, one is not finite, or `split_size` is not positive.
     """
     with needing("torch-fidelity"):
         from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
@@ -166,6 +169,7 @@ def inception_score(logits: torch.Tensor, split_size: int = 5000) -> tuple[float
             f"`logits` must be of shape (n, classes) and `split_size` positive, got {tuple(logits.shape)} and "
             f"{split_size}."
         )
+    _check_finite("`logits`", logits)
     scores = [
         isc_features_to_metric(split, splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
         for split in logits.split(split_size)
@@ -201,7 +205,7 @@ def precision_recall(
 
     Raises:
         ImportError: If torch-fidelity is not installed.
-        ValueError: If the features do not fit together, or a set has no more samples than neighbours.
+        ValueError: If the features do not fit together or are not finite, or a set has no more samples than neighbours.
     """
     with needing("torch-fidelity"):
         from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -228,3 +232,9 @@ def _check_features(first: torch.Tensor, second: torch.Tensor) -> None:
         raise ValueError(
             f"Features must be of shapes (m, dim) and (n, dim), got {tuple(first.shape)} and {tuple(second.shape)}."
         )
+    _check_finite("Features", first, second)
+
+
+def _check_finite(name: str, *values: torch.Tensor) -> None:
+    if not all(value.isfinite().all() for value in values):
+        raise ValueError(f"{name} must be finite numbers: run the extractor in float32, and look at the images.")

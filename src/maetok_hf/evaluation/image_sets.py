@@ -84,6 +84,8 @@ class ImageReader(abc.ABC):
     def __init__(self, description: str, num_available: int, num_images: int | None = None):
         self.description, self.num_available = description, num_available
         self.num_images = num_available if num_images is None else num_images
+        if num_available < 1:
+            raise ValueError(f"{description} has no images: check the path.")
         if not 1 <= self.num_images <= num_available:
             raise ValueError(
                 f"`num_images` must be from 1 to {num_available}, the images of {description}, got {self.num_images}."
