@@ -57,6 +57,7 @@ def test_batches_of_any_kind_add_up(load):
     fid.add(prediction=GENERATED[39])
     fid.add_batch(references=REAL[3:24])
     fid.add(reference=REAL[24])
+    fid.add_batch(predictions=[], references=REAL[:0])  # of a loader whose last batch is empty
     assert fid.compute() == {"fid": pytest.approx(frechet_distance(moments(GENERATED), moments(REAL)), rel=1e-9)}
 
 
@@ -161,6 +162,9 @@ def test_images_must_be_of_one_size_and_8_bit(load):
         fid.add_batch(references=images)
     with pytest.raises(ValueError, match="got float64 of shape"):
         fid.add_batch(references=np.zeros((2, 12, 12, 3)))
+    for tensor in (torch.rand(2, 3, 12, 12), torch.zeros(2, 12, 12, 3, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"`references` must be images of uint8, as a tensor \(n, 3"):
+            fid.add_batch(references=tensor)
     with pytest.raises(ValueError, match="`batch_size` must be positive, got 0"):
         load("fid", batch_size=0)
 

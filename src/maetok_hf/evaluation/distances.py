@@ -205,7 +205,8 @@ def precision_recall(
 
     Raises:
         ImportError: If torch-fidelity is not installed.
-        ValueError: If the features do not fit together or are not finite, or a set has no more samples than neighbours.
+        ValueError: If the features do not fit together or are not finite, or a set has no more samples than
+            neighbours.
     """
     with needing("torch-fidelity"):
         from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric

@@ -99,7 +99,7 @@ class FeatureMetric(evaluate.Metric, abc.ABC):
     def _compute(self, **inputs: Any) -> dict[str, float]: ...
 
     def _rows(self, name: str, values: Any) -> np.ndarray:
-        if values is None:
+        if values is None or len(values) == 0:
             return np.empty((0, 0))
         if self.extractor is None:
             return _feature_rows(name, values)
@@ -180,6 +180,11 @@ def _image_batches(name: str, values: Any, batch_size: int) -> Iterator[torch.Te
     for start in range(0, len(values), batch_size):
         part = values[start : start + batch_size]
         if isinstance(part, torch.Tensor):
+            if part.dtype != torch.uint8 or part.ndim != 4 or part.shape[1] != 3:
+                raise ValueError(
+                    f"`{name}` must be images of uint8, as a tensor (n, 3, height, width), got {part.dtype} of shape "
+                    f"{tuple(part.shape)}."
+                )
             yield part
         else:
             yield torch.from_numpy(_pixels(name, part)).permute(0, 3, 1, 2).contiguous()
