@@ -188,7 +188,8 @@ def test_a_run_can_be_stopped_and_the_next_one_starts_at_once(visit):
     page.locator("#generate").click()
     page.get_by_text("predicted clean images at time").wait_for()
     page.locator("#stop").click()
-    page.get_by_text("Stopped.").wait_for()
+    page.get_by_text("Stopped. The pictures are those of step").wait_for()
+    assert page.get_by_text("Error").count() == 0
     set_number(page, "number input for Steps", 3)
     page.locator("#generate").click()
     page.get_by_text("Done: 3 steps").wait_for()

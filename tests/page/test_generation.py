@@ -146,6 +146,19 @@ def test_closing_the_iterator_stops_the_run():
     assert not run.is_alive() and len(passes.times) < 490
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before the first step", "on the way"])
+def test_a_run_that_is_told_to_stop_ends_without_images(before):
+    pipe, stop = tiny_pipeline(), threading.Event()
+    passes, moments = Passes(pipe), []
+    if before:
+        stop.set()
+    for moment in watch(pipe, settings(num_inference_steps=500), num_previews=100, stop=stop):
+        moments.append(moment)
+        stop.set()
+    assert len(passes.times) == 1 if before else len(passes.times) < 490
+    assert len(moments) <= 90 and not any(moment.is_final for moment in moments)
+
+
 def test_an_error_inside_a_run_reaches_the_page(monkeypatch):
     pipe = tiny_pipeline()
 

@@ -260,11 +260,18 @@ def sample(
 class _Run(threading.Thread):
     """A call of a pipeline that puts a [`Progress`] or an error into a queue, and stops when it is told to."""
 
-    def __init__(self, pipe: MAETokDiffusionPipeline, settings: GenerationSettings, num_previews: int):
+    def __init__(
+        self,
+        pipe: MAETokDiffusionPipeline,
+        settings: GenerationSettings,
+        num_previews: int,
+        stop: threading.Event | None,
+    ):
         super().__init__(daemon=True, name="page run")
         self.pipe, self.settings, self.num_previews = copy_for_run(pipe, settings.solver), settings, num_previews
-        self.moments: queue.SimpleQueue[Progress | BaseException] = queue.SimpleQueue()
-        self.stopped = threading.Event()
+        # `None` is the end of a run that was stopped
+        self.moments: queue.SimpleQueue[Progress | BaseException | None] = queue.SimpleQueue()
+        self.stop, self.abandoned = stop or threading.Event(), threading.Event()
 
     def run(self) -> None:
         try:
@@ -279,7 +286,7 @@ class _Run(threading.Thread):
 
         def observe(pipe: MAETokDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
             nonlocal latents
-            pipe._interrupt = self.stopped.is_set()
+            pipe._interrupt = self.stop.is_set() or self.abandoned.is_set()
             done, total = step + 1, pipe.num_timesteps
             # evenly over the run, and not at the end, which is shown anyhow
             if done < total and done * (self.num_previews + 1) // total > step * (self.num_previews + 1) // total:
@@ -296,20 +303,29 @@ class _Run(threading.Thread):
             callback_on_step_end=observe,
             callback_on_step_end_tensor_inputs=["latents", "velocity"],
         ).images
-        self._put(pipe.num_timesteps, pipe.num_timesteps, 0.0, images, is_final=True)
+        if pipe.interrupt:
+            self.moments.put(None)
+        else:
+            self._put(pipe.num_timesteps, pipe.num_timesteps, 0.0, images, is_final=True)
 
     def _put(self, step: int, total: int, time: float, images: list[Image.Image], is_final: bool = False) -> None:
         self.moments.put(Progress(step=step, num_steps=total, time=time, images=images, is_final=is_final))
 
 
-def watch(pipe: MAETokDiffusionPipeline, settings: GenerationSettings, num_previews: int = 10) -> Iterator[Progress]:
+def watch(
+    pipe: MAETokDiffusionPipeline,
+    settings: GenerationSettings,
+    num_previews: int = 10,
+    stop: threading.Event | None = None,
+) -> Iterator[Progress]:
     """
-    As [`sample`], and shows the way. Closing the iterator stops the run after its current step.
+    As [`sample`], and shows the way. Closing the iterator ends the run after its current step.
 
     Args:
         pipe ([`MAETokDiffusionPipeline`]): The pipeline.
         settings ([`GenerationSettings`]): What is asked for.
         num_previews (`int`, *optional*, defaults to 10): How often the predicted clean images are shown, at most.
+        stop (`threading.Event`, *optional*): When it is set, the run ends after its current step, without the images.
 
     Yields:
         [`Progress`]: The last one has the images that a call of the pipeline with these seeds gives.
@@ -318,18 +334,20 @@ def watch(pipe: MAETokDiffusionPipeline, settings: GenerationSettings, num_previ
         ValueError: If the pipeline cannot do what is asked for.
     """
     settings.check(pipe)
-    run = _Run(pipe, settings, num_previews)
+    run = _Run(pipe, settings, num_previews, stop)
     run.start()
     try:
         while True:
             moment = run.moments.get()
+            if moment is None:
+                return
             if isinstance(moment, BaseException):
                 raise moment
             yield moment
             if moment.is_final:
                 return
     finally:
-        run.stopped.set()
+        run.abandoned.set()
 
 
 def python_code(loaded: LoadedPipeline, settings: GenerationSettings) -> str:
