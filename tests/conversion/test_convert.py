@@ -189,6 +189,13 @@ def test_tensors_that_are_not_floating_are_refused(folder, dtype):
         convert_autoencoder(folder)
 
 
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such type")
+def test_packed_tensors_are_refused(folder):
+    packed = torch.zeros(1, 1, 128, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    with pytest.raises(ValueError, match="not floating-point numbers: encoder.mask_token: torch.float4"):
+        convert_autoencoder(save_pt(folder, load_file(folder / "model.safetensors") | {"encoder.mask_token": packed}))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_other_floating_tensors_become_float32(folder, dtype):
     edit_weights(folder, **{"encoder.mask_token": torch.full((1, 1, 128), 0.5, dtype=dtype)})
@@ -434,10 +441,41 @@ def test_corrupt_training_checkpoints_are_refused(folder, content):
         convert_autoencoder(folder / "last.pt")
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"model": [1]}, {"steps": 3}, {"model": {"a": 1}}, torch.zeros(3)])
+NO_STATE_DICT = [
+    [1, 2],
+    {"model": [1]},
+    {"steps": 3},
+    {"model": {"a": 1}},
+    {"ema": {1: torch.ones(1)}},
+    torch.zeros(3),
+]
+
+
+@pytest.mark.parametrize("content", NO_STATE_DICT)
 def test_files_without_a_state_dict_are_refused(folder, content):
     with pytest.raises(ValueError, match="holds no state dict"):
         convert_autoencoder(save_pt(folder, content))
+
+
+ODD_TENSORS = {
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "quantised": lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+    "meta": lambda tensor: tensor.to("meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse", "ignore:torch.quantize_per_tensor", "ignore:TypedStorage is")
+@pytest.mark.parametrize("make", ODD_TENSORS.values(), ids=ODD_TENSORS.keys())
+def test_tensors_of_another_layout_are_refused(folder, make):
+    weights = load_file(folder / "model.safetensors") | {"encoder.mask_token": make(torch.zeros(1, 1, 128))}
+    with pytest.raises(ValueError, match=r"sparse, nested, quantised or without data: encoder\.mask_token"):
+        convert_autoencoder(save_pt(folder, weights))
+
+
+def test_the_reason_is_told_and_not_the_advice_to_run_what_is_in_the_file(folder, tmp_path):
+    with pytest.raises(ValueError, match="posix.system") as caught:
+        convert_autoencoder(save_pt(folder, {"model": Malice(tmp_path / "ran")}))
+    assert "set to `False`" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_training_checkpoint_is_named(folder):
@@ -473,7 +511,7 @@ def test_repos_of_another_format_and_an_absent_network_are_told_apart(monkeypatc
         raise LocalEntryNotFoundError("the connection failed")
 
     monkeypatch.setattr(convert_module, "hf_hub_download", offline)
-    with pytest.raises(OSError, match="the connection failed"):
+    with pytest.raises(OSError, match="there is no folder org/name, .*the connection failed"):
         convert_autoencoder("org/name")
 
 

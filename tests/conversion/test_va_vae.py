@@ -309,7 +309,7 @@ def test_latents_without_a_counterpart_are_refused(tmp_path, shapes):
 def test_files_that_hold_no_weights_are_refused(tmp_path):
     refused(tmp_path, {"state_dict": Layout().draw(), "callbacks": print}, "nothing in it was run")
     refused(tmp_path, {"state_dict": {"a": 1}}, "holds no state dict")
-    refused(tmp_path, [1, 2], "holds a list")
+    refused(tmp_path, [1, 2], "holds no state dict")
     torch.save(Layout().draw(), tmp_path / "bad.pt")
     (tmp_path / "bad.pt").write_bytes((tmp_path / "bad.pt").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"bad\.pt.*nothing in it was run"):

@@ -1,6 +1,5 @@
 """The authors' checkpoints, in a folder or on the Hub, to models of this library."""
 
-import argparse
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,13 +9,12 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..models.autoencoder_mae import AutoencoderMAE
 from ..models.transformer_sit import SiTTransformer1DModel
 from . import configs
 from . import state_dict as tables
+from .weight_files import find_state_dict, read_pt, read_safetensors
 
 
 CONFIG_NAME = "config.json"
@@ -25,6 +23,8 @@ WEIGHTS_NAME = "model.safetensors"
 _PT_SUFFIXES = (".pt", ".pth")
 # where the authors' training code keeps weights inside a .pt checkpoint, best first
 _PT_ENTRIES = ("ema", "model")
+# two numbers in one, which no operation converts; unknown to older versions of torch
+_PACKED = getattr(torch, "float4_e2m1fn_x2", None)
 # wrappers of a training run: DistributedDataParallel and torch.compile
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -54,8 +54,11 @@ def _resolve(path_or_repo_id: str | Path, name: str, revision: str | None, token
         raise OSError(f"{path_or_repo_id} is neither a folder nor a Hub repo id.")
     try:
         return Path(hf_hub_download(str(path_or_repo_id), name, revision=revision, token=token))
-    except LocalEntryNotFoundError:
-        raise  # the Hub could not be reached, which its own message explains
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"there is no folder {folder}, and {name} of a Hub repo of this name is not in the cache and could not be "
+            f"downloaded ({error})."
+        ) from error
     except EntryNotFoundError as error:
         raise OSError(f"the Hub repo {path_or_repo_id} has no {name}; it is not in the authors' format.") from error
     except (OSError, ValueError):
@@ -89,28 +92,9 @@ def _strip_wrappers(key: str) -> str:
 
 def _read_pt(path: Path) -> dict[str, torch.Tensor]:
     """A training checkpoint: the EMA weights if there are any, else the model's."""
-    try:
-        # the authors' code stores its parsed flags beside the weights: plain attributes, no code
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle stream can raise anything
-        raise ValueError(
-            f"{path} is corrupt or holds more than weights, and nothing in it was run ({error}). If you trust it, "
-            "save its weights alone with `safetensors.torch.save_file`."
-        ) from error
-    if isinstance(checkpoint, Mapping):
-        for entry in _PT_ENTRIES:
-            if isinstance(checkpoint.get(entry), Mapping):
-                checkpoint = checkpoint[entry]
-                break
-    if not isinstance(checkpoint, Mapping) or not all(isinstance(v, torch.Tensor) for v in checkpoint.values()):
-        raise ValueError(
-            f"{path} holds no state dict, neither by itself nor under {' or '.join(map(repr, _PT_ENTRIES))}."
-        )
-    state_dict = {_strip_wrappers(key): value for key, value in checkpoint.items()}
-    if len(state_dict) != len(checkpoint):
+    found = find_state_dict(path, read_pt(path), _PT_ENTRIES)
+    state_dict = {_strip_wrappers(key): value for key, value in found.items()}
+    if len(state_dict) != len(found):
         raise ValueError(f"{path} holds keys that differ only by a prefix of {_WRAPPER_PREFIXES}: which one is meant?")
     return state_dict
 
@@ -159,12 +143,7 @@ def _find(
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix in _PT_SUFFIXES:
-        return _read_pt(path)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}): download it again.") from error
+    return _read_pt(path) if path.suffix in _PT_SUFFIXES else read_safetensors(path)
 
 
 def _build(model_class: type[ModelMixin], config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> ModelMixin:
@@ -178,7 +157,11 @@ def _build(model_class: type[ModelMixin], config: dict[str, Any], state_dict: di
     ]
     if wrong:
         raise ValueError(f"tensors of the checkpoint do not fit the sizes that its config gives: {'; '.join(wrong)}.")
-    not_floating = [f"{key}: {value.dtype}" for key, value in state_dict.items() if not value.is_floating_point()]
+    not_floating = [
+        f"{key}: {value.dtype}"
+        for key, value in state_dict.items()
+        if not value.is_floating_point() or value.dtype == _PACKED
+    ]
     if not_floating:
         raise ValueError(f"tensors of the checkpoint are not floating-point numbers: {'; '.join(not_floating)}.")
     not_finite = [key for key, value in state_dict.items() if not value.float().isfinite().all()]

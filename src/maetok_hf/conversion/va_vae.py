@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from .convert import _build, _resolve
 from .state_dict import _shape, _Source
+from .weight_files import find_state_dict, read_pt, read_safetensors
 
 
 VA_VAE_WEIGHTS_NAME = "vavae-imagenet256-f16d32-dinov2.pt"
@@ -135,36 +134,15 @@ def convert_va_vae_state_dict(
     return result
 
 
-def _read_pt(path: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle stream can raise anything
-        raise ValueError(
-            f"it is corrupt or holds more than weights, and nothing in it was run ({error}). Download it again or, if "
-            "you trust it, save its weights alone with `safetensors.torch.save_file`."
-        ) from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"it holds a {type(content).__name__}, expected a dictionary: is it the right file?")
-    return content
-
-
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"it is not a readable safetensors file ({error}): download it again.") from error
-    content = _read_pt(path)
-    weights = content["state_dict"] if isinstance(content.get("state_dict"), Mapping) else content
-    if not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError("it holds no state dict, neither by itself nor under 'state_dict': is it the right file?")
-    return dict(weights)
+        return read_safetensors(path)
+    return find_state_dict(path, read_pt(path), ("state_dict",))
 
 
-def _read_statistics(path: Path, num_channels: int) -> dict[str, list[float]]:
-    content = _read_pt(path)
+def _statistics(content: Any, num_channels: int) -> dict[str, list[float]]:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__}, expected a dictionary: is it the right file?")
     result = {}
     for name, key in (("latents_mean", "mean"), ("latents_std", "std")):
         values = content.get(key)
@@ -221,15 +199,16 @@ def convert_va_vae(
     weights = Path(path_or_repo_id)
     if not weights.is_file():
         weights = _find(path_or_repo_id, filename, revision, token)
+    state_dict = _read_weights(weights)
     try:
-        state_dict = _read_weights(weights)
         config = va_vae_config(state_dict, sample_size)
     except ValueError as error:
         raise ValueError(f"{weights}: {error}") from error
     if latents_stats is not None:
         statistics = _find(path_or_repo_id, latents_stats, revision, token)
+        content = read_pt(statistics)
         try:
-            config |= _read_statistics(statistics, config["latent_channels"])
+            config |= _statistics(content, config["latent_channels"])
         except ValueError as error:
             raise ValueError(f"{statistics}: {error}") from error
     try:
