@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -30,13 +31,11 @@ def convert(*words) -> None:
 
 
 def refused(capsys, *words) -> str:
-    """What the command says when it fails."""
+    """What the command says when it fails: a text as the status is printed and makes it 1."""
     with pytest.raises(SystemExit) as ended:
         convert(*words)
-    assert ended.value.code == 1
-    error = capsys.readouterr().err
-    assert error.startswith("maetok-convert: error: ") and "Traceback" not in error
-    return error
+    assert isinstance(ended.value.code, str) and ended.value.code.startswith("maetok-convert: error: ")
+    return f"{capsys.readouterr().err}{ended.value.code}"
 
 
 @pytest.fixture
@@ -181,6 +180,37 @@ def test_an_empty_folder_and_the_rest_of_a_killed_conversion_are_replaced(here):
     assert not (here / "vae" / "half").exists()
 
 
+HOLD = """
+import sys
+from maetok_hf.training.interruption import RunLock
+lock = RunLock(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_conversion_into_the_same_folder_is_left_alone(here, capsys):
+    (here / ".vae.partial").mkdir()
+    (here / ".vae.partial" / "half").write_text("")
+    command_line = [sys.executable, "-c", HOLD, here / ".vae.partial"]
+    with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert "is being written by another process" in refused(capsys, TOKENIZER, "--output", "vae")
+        assert sorted(path.name for path in (here / ".vae.partial").iterdir()) == [".lock", "half"]
+        other.stdin.close()
+    convert(TOKENIZER, "--output", "vae")
+    assert [path.name for path in here.iterdir()] == ["vae"] and not (here / "vae" / ".lock").exists()
+
+
+def test_a_link_in_the_place_of_the_unfinished_folder_is_not_followed(here, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    (here / ".vae.partial").symlink_to(tmp_path / "mine")
+    convert(TOKENIZER, "--output", "vae")
+    assert [path.name for path in here.iterdir()] == ["vae"]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
 # Names of classes
 
 
@@ -292,7 +322,7 @@ def test_whatever_ends_a_conversion_leaves_nothing(here, monkeypatch, error):
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         convert(TOKENIZER, "--output", "x")
-    assert ended.value.code == (1 if isinstance(error, OSError) else 130)
+    assert ended.value.code == (f"maetok-convert: error: {error}" if isinstance(error, OSError) else 130)
     assert_nothing_is_left(here)
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -443,7 +473,10 @@ def test_repositories_that_are_not_there_are_named(here, upstream, capsys):
         (["t"], "needs a value for 'output'"),
         (["t", "--output", "x", "--push_to_hub", "a/b/c"], "`push_to_hub`: Repo id must"),
         (["t", "--output", "x", "--push_to_hub", "../x"], "`push_to_hub`: Repo id must"),
-        (["t", "--output", "x", "--hub_private_repo"], "`hub_private_repo` = True has no effect without `push_to_hub`"),
+        (
+            ["t", "--output", "x", "--hub_private_repo"],
+            "`hub_private_repo` = True has no effect without `push_to_hub`",
+        ),
         (
             ["t", "--output", "x", "--guidance_scale", "2"],
             "`guidance_scale` = 2.0 has no effect without `transformer`",
@@ -455,6 +488,9 @@ def test_repositories_that_are_not_there_are_named(here, upstream, capsys):
         (["t", "--output", "x", "--transformer", "s", "--guidance_scale", "nan"], "`guidance_scale` must be a finite"),
         (["t", "--output", "x", "--transformer", "s", "--guidance_interval", "1", "0"], "`guidance_interval` must be"),
         (["t", "--output", "x", "--transformer", "s", "--num_inference_steps", "0"], "must be at least 1, got 0"),
+        (["t", "--output", "x", "--latents_std", "-1"], "`latents_std` must be positive and finite, got -1.0"),
+        (["t", "--output", "x", "--latents_mean", "nan"], "`latents_mean` must be finite, got nan"),
+        (["t", "--output", "x", "--license", "My Own: 1"], "`license` must be an identifier of the Hub"),
         (["t", "--output", "x", "--tokenizer", "u"], "unrecognized arguments: --tokenizer"),
     ],
 )

@@ -60,19 +60,18 @@ def test_a_pipeline_goes_from_a_hub_to_a_hub(hub, words, tmp_path):
     assert hub.repositories["authors/sit"].sha[:7] in card.text
 
 
-def test_a_full_storage_leaves_the_folder_and_a_command(hub, words, tmp_path, capsys):
+def test_a_full_storage_leaves_the_folder_and_a_command(hub, words, tmp_path):
     hub.quota = 1000
     with pytest.raises(SystemExit) as end:
         convert.main(words)
-    assert end.value.code == 1
-    said = capsys.readouterr().err
+    said = end.value.code
     assert QUOTA_MESSAGE in said and f"hf upload user/converted {tmp_path / 'converted'} ." in said
     run(MAETokDiffusionPipeline.from_pretrained(tmp_path / "converted"))
     assert hub.repositories["user/converted"].messages == []
 
 
 @pytest.mark.parametrize("fault", ["private", "elsewhere", "cut"])
-def test_what_cannot_be_read_or_written_is_known_before_there_is_output(hub, words, tmp_path, capsys, fault):
+def test_what_cannot_be_read_or_written_is_known_before_there_is_output(hub, words, tmp_path, fault):
     if fault == "private":
         hub.add("somebody/hidden", hub.repositories["authors/sit"].files, private=True)
         words += ["--transformer", "somebody/hidden"]
@@ -85,5 +84,5 @@ def test_what_cannot_be_read_or_written_is_known_before_there_is_output(hub, wor
         reason = "model.safetensors of the Hub repo authors/tokenizer could not be downloaded"
     with pytest.raises(SystemExit) as end:
         convert.main(words)
-    assert end.value.code == 1 and reason in capsys.readouterr().err
+    assert reason in end.value.code
     assert not (tmp_path / "converted").exists()

@@ -48,9 +48,17 @@ def reported_errors(prog: str) -> Iterator[None]:
         raise SystemExit(f"{prog}: error: {error}") from error
 
 
-def parse_words(prog: str, description: str, examples: str, cls: type[T], words: Sequence[str] | None = None) -> T:
+def parse_words(
+    prog: str,
+    description: str,
+    examples: str,
+    cls: type[T],
+    words: Sequence[str] | None = None,
+    positional: Sequence[str] = (),
+    notes: str = EXIT_CODES,
+) -> T:
     """
-    Read a command line with one flag for every field of a dataclass.
+    Read a command line with one flag for every other field of a dataclass.
 
     Args:
         prog (`str`): The command.
@@ -58,6 +66,8 @@ def parse_words(prog: str, description: str, examples: str, cls: type[T], words:
         examples (`str`): Command lines, for `--help`.
         cls (`type`): The dataclass.
         words (`Sequence[str]`, *optional*): Words of the command line; by default those of this process.
+        positional (`Sequence[str]`, *optional*): Fields that are given without a flag, in their order.
+        notes (`str`, *optional*): What stands below the examples; by default what its statuses mean.
 
     Returns:
         The dataclass, checked.
@@ -68,13 +78,13 @@ def parse_words(prog: str, description: str, examples: str, cls: type[T], words:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
-        epilog=f"examples:\n{examples}{EXIT_CODES}",
+        epilog=f"examples:\n{examples}{notes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=version("maetok_hf"))
-    add_flags(parser, cls, "options", defaults=True)
+    add_flags(parser, cls, "options", defaults=True, positional=positional)
     try:
         return build(cls, given_flags(parser.parse_args(words), cls))
     except ValueError as error:

@@ -1,8 +1,8 @@
 """`maetok-convert`: the authors' checkpoints to a folder that `from_pretrained` loads, verified, with a card."""
 
-import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from ..conversion import AuthorsCheckpoint, published, verify_autoencoder, verify_transformer
 from ..conversion.card import CARD, make_card
 from ..conversion.imagenet import imagenet_id2label
-from ..conversion.source import Source, find_source
+from ..conversion.source import Source, find_source, is_licence
 from ..models import AutoencoderMAE
 from ..pipelines import MAETokDiffusionPipeline
 from ..pipelines.components import check_transformer
@@ -29,8 +29,10 @@ from ..pipelines.guidance import check_guidance_interval, check_guidance_scale
 from ..pipelines.labels import check_id2label
 from ..schedulers import FlowMatchEulerMaruyamaScheduler
 from ..training.checkpointing import flush_to_disk
-from ..training.configuration import add_flags, build, given_flags, refuse_effectless
+from ..training.configuration import refuse_effectless
 from ..training.hub_files import check_upload, upload_files
+from ..training.interruption import LOCK_FILE, RunLock
+from .command_line import parse_words, reported_errors
 
 
 PROG = "maetok-convert"
@@ -40,13 +42,13 @@ transformer into a pipeline. What was written is compared with the authors' weig
 outputs, before it gets its name; nothing that is read can run code.
 """
 EXAMPLES = f"""\
-examples:
   {PROG} MAETok/maetok-b-128 --transformer MAETok/sit-xl_maetok-b-128 --output maetok-sit-xl-256
   {PROG} MAETok/maetok-b-512 --transformer MAETok/sit-xl_maetok-b-128-512 --output maetok-sit-xl-512 \\
       --dtype float32 bfloat16 --push_to_hub user/maetok-sit-xl-512 --hub_private_repo
   {PROG} MAETok/maetok-b-128 --output maetok-b-128
   {PROG} runs/tokenizer --transformer runs/sit/0400000.pt --output converted --id2label names.json
-
+"""
+NOTES = """
 Then MAETokDiffusionPipeline.from_pretrained("maetok-sit-xl-256")(class_labels=207) samples as published.
 
 exit codes: 0 when all is done, 1 if something cannot be read, converted, written or uploaded, 2 for a wrong command
@@ -126,6 +128,14 @@ class ConvertOptions:
             raise ValueError(f"`dtype` must name one or more dtypes, each once, got {self.dtype}.")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {self.num_inference_steps}.")
+        if self.latents_mean is not None and not math.isfinite(self.latents_mean):
+            raise ValueError(f"`latents_mean` must be finite, got {self.latents_mean}.")
+        if self.latents_std is not None and not 0 < self.latents_std < math.inf:
+            raise ValueError(f"`latents_std` must be positive and finite, got {self.latents_std}.")
+        if self.license is not None and not is_licence(self.license):
+            raise ValueError(
+                f"`license` must be an identifier of the Hub, such as apache-2.0 or other, got {self.license!r}."
+            )
         if self.guidance_scale is not None:
             check_guidance_scale(self.guidance_scale)
         if self.guidance_interval is not None:
@@ -154,20 +164,7 @@ def parse_options(words: Sequence[str] | None = None) -> ConvertOptions:
     Raises:
         SystemExit: With a message, if a flag or its value is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=version("maetok_hf"))
-    add_flags(parser, ConvertOptions, "options", defaults=True, positional=("tokenizer",))
-    try:
-        return build(ConvertOptions, given_flags(parser.parse_args(words), ConvertOptions))
-    except ValueError as error:
-        parser.error(str(error))
+    return parse_words(PROG, DESCRIPTION, EXAMPLES, ConvertOptions, words, positional=("tokenizer",), notes=NOTES)
 
 
 def check_output(output: str) -> Path:
@@ -336,23 +333,43 @@ class Conversion:
             ValueError: If weights cannot be found or converted, or the result is not what they are.
         """
         unfinished = self.output.with_name(f".{self.output.name}.partial")
-        if unfinished.exists():
-            shutil.rmtree(unfinished)  # of a conversion that was killed
-        unfinished.mkdir(parents=True)
+        lock = self._begin(unfinished)
         try:
             self._write(unfinished)
+            (unfinished / LOCK_FILE).unlink()
             flush_to_disk(unfinished)
             os.replace(unfinished, check_output(str(self.output)))
         except SafetensorError as error:  # what it raises where the system refuses to write
             raise OSError(f"{self.output} cannot be written: {error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+            lock.release()
         print(f"{self.output} is complete.", flush=True)
         if self.repo_id is not None:
             print(f"Uploading to {self.repo_id}", flush=True)
-            repo_id = upload_files(self.output, self.repo_id, f"Converted by {PROG}", private=self.options.hub_private_repo)
+            repo_id = upload_files(
+                self.output, self.repo_id, f"Converted by {PROG}", private=self.options.hub_private_repo
+            )
             print(f"It is on the Hub: {repo_id}", flush=True)
         return self.output
+
+    def _begin(self, folder: Path) -> RunLock:
+        """Make the folder, or empty that of a conversion that was killed, and keep others out of it."""
+        if folder.is_symlink():
+            folder.unlink()  # what it leads to is not ours to empty
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = RunLock(folder, patience=0.0)
+        except ValueError as error:
+            raise ValueError(
+                f"`output` {self.output} is being written by another process: wait for it, or name another folder."
+            ) from error
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+        return lock
 
     def _write(self, folder: Path) -> None:
         main, *others = self.options.dtype
@@ -463,18 +480,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv (`Sequence[str]`, *optional*): Words of the command line; by default those of this process.
 
     Raises:
-        SystemExit: With 1 and a message, if something cannot be read, converted, written or uploaded.
+        SystemExit: With a message, which makes the status 1, if something cannot be read, converted, written or
+            uploaded.
     """
     options = parse_options(argv)
     quiet_others()
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        Conversion(options).run()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        with reported_errors(PROG):
+            Conversion(options).run()
     finally:
         signal.signal(signal.SIGTERM, previous)
 

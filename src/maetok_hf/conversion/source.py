@@ -39,9 +39,9 @@ class Source:
     licence_looked_up: bool = True
 
 
-def _identifier(value: Any) -> str | None:
-    """A licence as the Hub writes it: text of strangers goes into cards in no other form."""
-    return value if isinstance(value, str) and _IDENTIFIER.fullmatch(value) else None
+def is_licence(value: Any) -> bool:
+    """Whether a value can be a licence as the Hub writes it: text of strangers goes into cards in no other form."""
+    return isinstance(value, str) and _IDENTIFIER.fullmatch(value) is not None
 
 
 def _licence_file(names: list[str]) -> str | None:
@@ -55,7 +55,8 @@ def _card_licence(card: Path) -> str | None:
         metadata = metadata_load(card)
     except Exception:  # YAML of strangers: no licence can be read from it
         return None
-    return _identifier(metadata.get("license")) if isinstance(metadata, dict) else None
+    licence = metadata.get("license") if isinstance(metadata, dict) else None
+    return licence if is_licence(licence) else None
 
 
 def find_source(

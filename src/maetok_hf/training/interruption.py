@@ -16,6 +16,7 @@ import torch.distributed
 
 logger = logging.getLogger(__name__)
 
+LOCK_FILE = ".lock"
 # Seconds within which SIGINTs are one: Ctrl-C reaches a process both from the terminal and from its launcher.
 REPEATED_AFTER = 2.0
 
@@ -96,7 +97,7 @@ class RunLock:
     """
 
     def __init__(self, output_dir: str | Path, patience: float = 60.0):
-        self._file = open(Path(output_dir) / ".lock", "w")
+        self._file = open(Path(output_dir) / LOCK_FILE, "w")
         deadline = time.monotonic() + patience
         waiting = False
         while True:
