@@ -412,7 +412,8 @@ def test_published_checkpoints_go_from_the_hub_to_the_hub(here, upstream, capsys
     same = {part.partition("\n")[0]: part.strip() for part in expected[1:]}
     got = {part.partition("\n")[0]: part.strip() for part in shown[1:]}
     assert got.keys() == same.keys()
-    assert {name for name in got if got[name] != same[name]} == {"Use", "Training", "Conversion"}
+    assert {name for name in got if got[name] != same[name]} == {"Use", "Training", "Results", "Conversion"}
+    assert got["Results"].replace("user/converted", "sit-xl-maetok-b-128-256") == same["Results"]
 
 
 def test_revisions_are_of_each_repository(here, upstream):

@@ -13,6 +13,7 @@ from maetok_hf import MAETokDiffusionPipeline
 from maetok_hf.conversion import published
 from maetok_hf.conversion.card import make_card, published_cards
 from maetok_hf.conversion.source import Source
+from tests.documentation import check_command, read_blocks, read_commands
 from tests.loopback_hub.cards import errors_in
 from tests.pipelines.helpers import tiny_pipeline
 from tests.testing_utils import AUTOENCODER_CONFIG, TRANSFORMER_CONFIG, tiny_autoencoder
@@ -69,6 +70,15 @@ def test_they_credit_the_authors_and_claim_nothing_of_their_own(name):
         assert f"\n## {section}\n" in card
     for hole in ("{{", "{%", " None ", "| |", "\n\n\n", "[]"):
         assert hole not in card.replace("numbers. None was", ""), hole
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_they_give_the_command_that_measures(name):
+    (block,) = (block for block in read_blocks(FOLDER / f"{name}.md") if block.language == "bash")
+    (words,) = read_commands(block.code)
+    check_command(words)
+    assert block.section == "Results" and name in words
+    assert ("512" if "512" in name else "256") in " ".join(words).replace(name, "")
 
 
 def test_numbers_are_those_of_the_paper():

@@ -16,6 +16,8 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD = "README.md"
 PAPER = "https://huggingface.co/papers/2502.03444"
 DATASET = "ILSVRC/imagenet-1k"
+# ADM's statistics of the training images, by the side of these
+REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
 SHOWN_CLASS = 207  # that of the paper's and everyone's examples
 _METRIC_NAMES = {
     "rfid": "rFID",
@@ -156,6 +158,8 @@ def make_card(
         version=version,
         results=results,
         metric_types=[result.metric_type for result in results],
+        dataset=DATASET,
+        reference=REFERENCES[published.TOKENIZERS[names["tokenizer"]].sample_size] if is_known else None,
     )
     return f"{ModelCard(str(card))}\n"  # parsed once more: what was filled in is valid, too
 
