@@ -28,6 +28,8 @@ def test_help_names_the_evaluations_and_what_they_measure(capsys):
     evaluate.main(["--help"])
     printed = capsys.readouterr().out
     assert all(f"    {name} " in printed for name in ("tokenizer", "generation", "guidance"))
+    assert all(f"\n  maetok-eval {name} --" in printed for name in ("tokenizer", "generation", "guidance"))
+    assert "exit codes: 0 when all is done" in printed
     evaluate.main(["--version"])
     assert capsys.readouterr().out.strip() == __version__
 

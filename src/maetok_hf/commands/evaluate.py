@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from . import evaluate_generation, evaluate_tokenizer, sweep_guidance
+from .command_line import EXIT_CODES
 
 
 COMMANDS = {
@@ -16,10 +17,12 @@ HELP = """usage: maetok-eval {{{names}}} ...
 
 {lines}
 
+examples:
+{examples}
 `maetok-eval NAME --help` lists the options of each. On several processes:
 
     accelerate launch --num_processes 8 --mixed_precision no -m maetok_hf.commands.evaluate NAME ...
-"""
+{exit_codes}"""
 
 
 def usage() -> str:
@@ -31,7 +34,9 @@ def usage() -> str:
     """
     width = max(map(len, COMMANDS))
     lines = [f"    {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return HELP.format(names=",".join(COMMANDS), lines="\n".join(lines))
+    modules = (evaluate_tokenizer, evaluate_generation, sweep_guidance)
+    examples = "".join(module.EXAMPLES for module in modules)
+    return HELP.format(names=",".join(COMMANDS), lines="\n".join(lines), examples=examples, exit_codes=EXIT_CODES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
