@@ -17,7 +17,7 @@ from diffusers.utils.logging import disable_progress_bar
 
 from ..page.abilities import LoadedPipeline
 from ..page.comparison import check_comparable
-from ..page.server import address_of, make_app, open_port, private_folder, serve
+from ..page.server import LOCAL_HOSTS, address_of, is_local, make_app, open_port, private_folder, serve
 from ..sampling import load_pipeline
 from ..sampling.options import SamplingOptions
 from ..training.configuration import add_flags, build, given_flags
@@ -40,7 +40,6 @@ otherwise: there are no passwords. From elsewhere, forward the port: ssh -L 7860
 
 exit codes: 0 after Ctrl-C, 1 if a pipeline cannot be loaded or the port be taken, 2 for a wrong command line.
 """
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +214,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ..page.layout import build_page, page_css
 
     with private_folder():
-        app = make_app(build_page(pipelines, other), page_css(pipelines))
+        hosts = (*LOCAL_HOSTS, options.host) if is_local(sock) else None
+        app = make_app(build_page(pipelines, other), page_css(pipelines), hosts)
         sock.listen()  # a browser that comes at once waits until the server has started
         print(f"The page is at {address_of(sock)} (Ctrl-C ends it).", flush=True)
-        if options.host not in LOOPBACK:
+        if not is_local(sock):
             print("Everyone who reaches this machine can use it: there are no passwords.", flush=True)
         serve(app, sock)
     print("Ended.", flush=True)

@@ -1,15 +1,17 @@
 """Serving the page: on one address, without a word to any other one."""
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 CONTENT_SECURITY_POLICY = (
     "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'"
 )
+# as browsers name this machine to itself
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 SHUTDOWN_SECONDS = 1
 
 
@@ -68,6 +72,19 @@ def address_of(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_local(sock: socket.socket) -> bool:
+    """
+    Whether only this machine reaches a port.
+
+    Args:
+        sock (`socket.socket`): From [`open_port`].
+
+    Returns:
+        `bool`: That.
+    """
+    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 @contextmanager
@@ -122,28 +139,77 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
-def make_app(page: "gr.Blocks", css: str) -> Any:
+class SameOriginOnly:
+    """
+    Refuses what a page of another site makes a browser send: uploads and orders.
+
+    Args:
+        app (`Any`): The ASGI application.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """
+        Args:
+            scope (`Any`): Of the request.
+            receive (`Any`): Its messages.
+            send (`Any`): Takes those of the response.
+        """
+        from fastapi.responses import PlainTextResponse
+
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD") and self.is_foreign(scope["headers"]):
+            response = PlainTextResponse("Another site may not use this page.", status_code=403)
+            await response(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    @staticmethod
+    def is_foreign(raw_headers: Any) -> bool:
+        """
+        Args:
+            raw_headers (`Iterable[tuple[bytes, bytes]]`): Headers of a request.
+
+        Returns:
+            `bool`: Whether a browser says that a page of another origin sends it. Programs say nothing of the kind.
+        """
+        headers = {name.lower(): value.decode("latin-1") for name, value in raw_headers}
+        # behind a proxy the host is another one, but this is not
+        if site := headers.get(b"sec-fetch-site"):
+            return site not in ("same-origin", "none")
+        origin = headers.get(b"origin")
+        return origin is not None and urlsplit(origin).netloc != headers.get(b"host")
+
+
+def make_app(page: "gr.Blocks", css: str, hosts: Sequence[str] | None = None) -> Any:
     """
     The page as a web application.
 
     Args:
         page (`gr.Blocks`): From [`~maetok_hf.page.layout.build_page`].
         css (`str`): Its style sheet.
+        hosts (`Sequence[str]`, *optional*): Names by which the page may be asked for, any if there are none. A page of
+            this machine only must be told, as another site's name can be made to lead here.
 
     Returns:
         `fastapi.FastAPI`: The application; browsers are told to load nothing from elsewhere.
     """
     import gradio as gr
     from fastapi import FastAPI
+    from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
     from .reconstruction import MAX_FILE_SIZE
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
+    app.add_middleware(SameOriginOnly)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     app.add_middleware(SecurityHeaders)
     # of Gradio's own files; the half-bold one that it ships, and takes by default, lacks most letters
     font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page,
         path="/",
@@ -157,6 +223,9 @@ def make_app(page: "gr.Blocks", css: str) -> Any:
         ssr_mode=False,
         max_file_size=MAX_FILE_SIZE,
     )
+    # only then Gradio refuses files that nobody uploaded: any file of this machine could be asked for
+    page.has_launched = True
+    return app
 
 
 def _says_more_than_the_end(record: logging.LogRecord) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 import torch
-from gradio.utils import get_upload_folder
+from gradio.utils import get_upload_folder, is_in_or_equal
 from PIL import Image
 
 from ..pipelines import MAETokDiffusionPipeline
@@ -37,8 +37,26 @@ def image_field(label: str) -> gr.Image:
     """
     field = gr.Image(label=label, sources=["upload", "clipboard"], height=260)
     # Gradio would decode the file itself, with less care. (It writes a .pyi file next to every subclass.)
-    field.preprocess = lambda payload: None if payload is None else payload.path
+    field.preprocess = lambda payload: None if payload is None else uploaded(payload.path)
     return field
+
+
+def uploaded(path: str | None) -> str | None:
+    """
+    Make sure that a file is a person's own: what a browser says may be any path.
+
+    Args:
+        path (`str`, *optional*): Path of a file that is said to be uploaded.
+
+    Returns:
+        `str`, *optional*: The same.
+
+    Raises:
+        gr.Error: If it is not in the folder of uploads.
+    """
+    if path is None or (Path(path).is_file() and is_in_or_equal(path, get_upload_folder())):
+        return path
+    raise gr.Error("This image is no longer here: drop it again.", print_exception=False)
 
 
 def picture(label: str, **options: Any) -> gr.Image:
