@@ -1,6 +1,7 @@
 """`maetok-eval --push_to_hub`: numbers in the card of the model, each with its protocol and a link to its report."""
 
 import json
+import logging
 import re
 
 import pytest
@@ -89,6 +90,13 @@ def test_the_same_protocol_replaces_and_another_one_is_added(hub, generation, tm
     run(replaced(generation, num_inference_steps=3, output_dir=tmp_path / "other"))
     steps = sorted((one.metric_type, one.metric_args["num_inference_steps"]) for one in results())
     assert steps == [("fd", 2), ("fd", 3), ("inception_score", 2), ("inception_score", 3)]
+
+
+def test_third_parties_make_no_noise(pipe, images, tmp_path, recwarn):
+    words = ["tokenizer", "--tokenizer_name_or_path", "user/pipe", "--tokenizer_subfolder", "vae", "--images", images]
+    run([*words, *COMMON, "--output_dir", str(tmp_path / "tokenizer")])
+    assert [str(one.message) for one in recwarn if "local_dir_use_symlinks" in str(one.message)] == []
+    assert not logging.getLogger("huggingface_hub").propagate  # each of its messages once
 
 
 def test_numbers_of_reconstructions_stand_beside_them(hub, pipe, images, generation, tmp_path):

@@ -61,7 +61,7 @@ def test_a_hub_that_is_away_is_no_reason_to_do_no_work(hub, caplog):
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "other_commit", "cut", "cut_body"])
-def test_a_failure_that_passes_is_tried_again(hub, folder, monkeypatch, fault):
+def test_a_failure_that_passes_is_tried_again(hub, folder, monkeypatch, caplog, fault):
     without_waiting(monkeypatch)
     if fault == "cut":
         hub.cut("POST .*/commit/", times=2)
@@ -71,6 +71,8 @@ def test_a_failure_that_passes_is_tried_again(hub, folder, monkeypatch, fault):
         hub.fail("POST .*/commit/", {"unavailable": 503, "other_commit": 412}[fault], times=2)
     upload_files(folder, "thing", "All")
     assert hub.repositories["user/thing"].files == contents(folder)
+    if fault == "other_commit":  # which the client does not try again by itself
+        assert caplog.text.count("Trying again in 0 s: ") == 2 and "412" in caplog.text
     assert len([status for method, _, status in hub.requests if method == "PUT" and status == 200]) == 1
 
 

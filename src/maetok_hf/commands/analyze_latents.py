@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..analysis.options import AnalysisOptions
 from ..analysis.report import to_markdown
 from ..analysis.run import MARKDOWN_FILE, REPORT_FILE, run_analysis
-from .command_line import parse_words, reported_errors
+from .command_line import parse_words, quiet_others, reported_errors
 from .processes import Processes
 
 
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("maetok_hf").setLevel(logging.INFO)
+    quiet_others()
     previous = signal.getsignal(signal.SIGTERM)
     try:
         with reported_errors(PROG):

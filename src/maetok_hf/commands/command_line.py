@@ -4,6 +4,7 @@ import argparse
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -26,6 +27,20 @@ class Evaluation(Protocol):
     """What one process of a command does; `measure` returns a report on the main process, and `None` on others."""
 
     def measure(self) -> dict[str, Any] | None: ...
+
+
+def quiet_others() -> None:
+    """Third parties' noise: no bars of loading, none of downloads in logs, no message twice, and not the warning that
+    diffusers makes huggingface_hub give for every download. What else they warn of stays."""
+    from diffusers.utils.logging import disable_progress_bar
+    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.logging import disable_propagation
+
+    disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    disable_propagation()  # it has a handler of its own
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
 
 
 @contextmanager
@@ -117,6 +132,7 @@ def run_evaluation(
             asked before any work. If the upload fails later, the results have been printed.
     """
     logging.basicConfig(format="%(message)s")
+    quiet_others()
     with reported_errors(prog):
         processes = Processes(device)
         try:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from ..conversion import AuthorsCheckpoint, published, verify_autoencoder, verify_transformer
@@ -32,7 +31,7 @@ from ..training.checkpointing import flush_to_disk
 from ..training.configuration import refuse_effectless
 from ..training.hub_files import check_upload, upload_files
 from ..training.interruption import LOCK_FILE, RunLock
-from .command_line import parse_words, reported_errors
+from .command_line import parse_words, quiet_others, reported_errors
 
 
 PROG = "maetok-convert"
@@ -461,15 +460,6 @@ class Conversion:
             license=self.options.license,
         )
         (folder / CARD).write_text(card, encoding="utf-8")
-
-
-def quiet_others() -> None:
-    """No progress bars in logs, and none of diffusers, whose steps are told in words; warnings stay."""
-    from huggingface_hub.utils import disable_progress_bars
-
-    diffusers_logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

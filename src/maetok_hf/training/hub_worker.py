@@ -5,6 +5,7 @@ starts one for every upload. Its result is written to the file `RESULT`.
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # of the Hub: timeout, a commit of someone else at the same moment (two of them), too many requests
 PASSING_REFUSALS = (408, 409, 412, 429)
@@ -106,6 +108,7 @@ def attempt(act: Callable[[], T], retry_waits: Sequence[float], parent: int | No
             failure = describe(error)
         if wait is None or failure["permanent"] or parent not in (None, os.getppid()):
             break
+        logger.warning("Trying again in %g s: %s", wait, failure["error"])
         time.sleep(wait)
     return failure
 
