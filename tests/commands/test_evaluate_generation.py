@@ -1,6 +1,7 @@
 """The command: the numbers of exactly the images that were asked for, wherever they come from, with their protocol."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from maetok_hf.evaluation import (
     kernel_distance_of_subsets,
     precision_recall,
 )
+from maetok_hf.evaluation.protocol import CENTER_CROP
 from maetok_hf.sampling import draw_labels, generate_images, to_uint8
 from tests.commands.words import replaced
 from tests.evaluation.networks import TinyExtractor, random_images
@@ -101,6 +103,9 @@ def test_numbers_are_those_of_all_images_at_once(words, generated, real, capsys)
     for text in ("extractor tiny;", "num images 21;", "num reference images 17;", "guidance not stated"):
         assert text in printed
     assert "/" not in report["protocol"]["images"] + report["protocol"]["reference"]
+    assert (
+        report["protocol"]["size"] == "16 x 16" and report["protocol"]["reference"] == "folder real of 24 x 24 pixels"
+    )
 
 
 def test_images_of_a_pipeline_are_those_of_generate(words, pipeline_folder, real):
@@ -205,6 +210,7 @@ def test_a_data_set_as_reference_is_cropped(words, tmp_path, real, write_images)
     expected = evaluate(words)["results"]
     report = evaluate(replaced(words, output_dir=tmp_path / "again", **given))
     assert report["results"] == pytest.approx(expected, rel=1e-9)
+    assert report["protocol"]["reference"].endswith(f" of 24 x 24 pixels, {CENTER_CROP}")
     fewer = evaluate(replaced(words, output_dir=tmp_path / "fewer", reference_num_images=9, **given))
     assert fewer["protocol"]["num_reference_images"] == 9
 
@@ -236,6 +242,18 @@ def test_unfinished_set_of_generate_is_refused_and_a_whole_one_brings_its_protoc
 def test_a_metric_that_the_extractor_cannot_give_is_refused_before_any_work(words, tmp_path, monkeypatch):
     monkeypatch.setattr(TinyExtractor, "forward", lambda extractor, images: {"pool": images.float().mean(dim=(2, 3))})
     with pytest.raises(SystemExit, match="`metrics` sfid, inception_score need the layers logits, spatial, but the"):
+        evaluate(words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "features,found", [(torch.zeros(1, 4), "a Tensor"), ({"pool": torch.zeros(1)}, "those of {'pool': (1,)} for one")]
+)
+def test_an_extractor_of_another_form_is_refused_before_any_work(words, tmp_path, monkeypatch, features, found):
+    monkeypatch.setattr(TinyExtractor, "forward", lambda extractor, images: features)
+    with pytest.raises(
+        SystemExit, match=re.escape(f"must give a dict of features of shape (n, dim) for n images, got {found}")
+    ):
         evaluate(words)
     assert not (tmp_path / "out").exists()
 

@@ -142,7 +142,7 @@ def test_layers_that_an_extractor_lacks_are_named():
     collector = FeatureCollector(4, statistics=("pool",), keep=())
     collector.update(range(4), features)
     assert collector.moments("pool").num_samples == 4
-    with pytest.raises(ValueError, match="gave 4 rows of 'pool' for 3 images"):
+    with pytest.raises(ValueError, match=r"gave 'pool' of shape \(4, \d+\) for 3 images"):
         FeatureCollector(4, statistics=("pool",), keep=()).update(range(3), features)
     with pytest.raises(ValueError, match="must be of the same layers"):
         collector.merge(FeatureCollector(4))

@@ -135,15 +135,22 @@ class ReferenceRun:
             self.run = None
         return self.reference
 
-    def describe(self) -> tuple[str, int | None]:
+    def describe(self, size: str) -> tuple[str, int | None]:
         """
         For the protocol, on the main process, at the end.
+
+        Args:
+            size (`str`): Height and width of the images that are compared with it, in pixels.
 
         Returns:
             `tuple[str, int | None]`: What it is, and how many images it has, if that is known and one number.
         """
         of_statistics, of_features = self.reference.counts(*self.needed)
         text = without_folders(self.reference.description)
+        if self.reference.images is not None:
+            own = size_in_words(self.reference.images)
+            text += "" if own == size else f" of {own} pixels"
+            text += f", {CENTER_CROP}" if isinstance(self.reference.images, DatasetImages) else ""
         if self.needed[0] and of_features is not None and of_features != of_statistics:
             return f"{text}, {of_features} images for precision, recall and KID", of_statistics
         return text, of_statistics or of_features
@@ -178,8 +185,19 @@ def layers_of(extractor: FeatureExtractor, shape: Sequence[int]) -> list[str]:
 
     Returns:
         `list[str]`: Names of its layers.
+
+    Raises:
+        ValueError: If it gives anything but a row of features for each.
     """
-    return list(extractor(torch.zeros(1, *shape, dtype=torch.uint8)))
+    layers = extractor(torch.zeros(1, *shape, dtype=torch.uint8))
+    shapes = {name: tuple(values.shape) for name, values in layers.items()} if isinstance(layers, Mapping) else None
+    if not shapes or any(len(shape) != 2 or shape[0] != 1 for shape in shapes.values()):
+        found = f"a {type(layers).__name__}" if shapes is None else f"those of {shapes} for one"
+        raise ValueError(
+            f"the extractor {extractor.name!r} must give a dict of features of shape (n, dim) for n images, got "
+            f"{found}."
+        )
+    return list(layers)
 
 
 class GenerationEvaluation:
@@ -294,12 +312,13 @@ def protocol_of(
     Returns:
         [`EvaluationProtocol`]: For reports.
     """
-    description, count = ("none", None) if reference is None else reference.describe()
+    size = size_in_words(images)
+    description, count = ("none", None) if reference is None else reference.describe(size)
     subsets = f"{NUM_KID_SUBSETS} of {options.kid_subset_size}" if "kid_subsets" in options.metrics else "none"
     return EvaluationProtocol.of(
         *(extractor, description, len(images), count, settings),
         images=without_folders(images.description),
-        size=" x ".join(map(str, image_size(images)[1:])),
+        size=size,
         crop=CENTER_CROP if isinstance(images, DatasetImages) else "none",
         kid_subsets=subsets,
     )
@@ -316,6 +335,19 @@ def image_size(images: ImageReader) -> tuple[int, ...]:
         `tuple[int, ...]`: Three numbers.
     """
     return images.shape if isinstance(images, PipelineImages) else tuple(images.read(range(1)).shape[1:])
+
+
+def size_in_words(images: ImageReader) -> str:
+    """
+    Height and width of the images of a set, for protocols.
+
+    Args:
+        images ([`ImageReader`]): The set.
+
+    Returns:
+        `str`: In pixels, such as `256 x 256`.
+    """
+    return " x ".join(map(str, image_size(images)[1:]))
 
 
 def find_settings(samples: Path) -> dict[str, Any] | None:

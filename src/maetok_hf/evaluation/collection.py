@@ -76,8 +76,11 @@ class FeatureCollector:
                 "leave out what needs these layers, or choose another extractor."
             )
         for name in layers:
-            if len(features[name]) != len(rows):
-                raise ValueError(f"the extractor gave {len(features[name])} rows of {name!r} for {len(rows)} images.")
+            shape = tuple(features[name].shape)
+            if len(shape) != 2 or shape[0] != len(rows):
+                raise ValueError(
+                    f"the extractor gave {name!r} of shape {shape} for {len(rows)} images: it must be (n, dim)."
+                )
             if not features[name].isfinite().all():
                 raise ValueError(
                     f"the extractor's {name!r} are not finite: run it in float32, and look at the images."
