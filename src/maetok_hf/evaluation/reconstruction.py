@@ -21,7 +21,7 @@ from .protocol import DIGEST_LENGTH
 
 ORIGINAL = "original/"
 SCORES = "scores"
-SSIM_DEFINITION = "Gaussian window of 11 x 11, border by reflection, data range 1.0"
+SSIM_DEFINITION = "Gaussian window of 11 x 11 inside the image, data range 1.0"
 
 
 class TokenizerFeatures:
