@@ -437,14 +437,20 @@ def test_all_files_are_of_one_commit(here, upstream, monkeypatch):
     assert_same(AutoencoderMAE.from_pretrained("vae"), convert_autoencoder(TOKENIZER))
 
 
-def test_an_upload_that_cannot_succeed_is_refused_before_anything_is_read(here, upstream, monkeypatch, capsys):
+def test_an_upload_that_cannot_succeed_is_refused_before_weights_are_read(here, upstream, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
     error = refused(capsys, "MAETok/maetok-b-128", "--output", "x", "--push_to_hub", "user/x")
     assert "Nothing can be uploaded to `push_to_hub` = 'user/x'" in error and "hf auth login" in error
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert "hf auth login" in refused(capsys, "MAETok/maetok-b-128", "--output", "x", "--push_to_hub", "user/x")
-    assert upstream.count("MAETok") == 0
+    assert upstream.count("config.json") > 0 and upstream.count("model.safetensors") == 0
     assert_nothing_is_left(here)
+
+
+def test_a_misspelt_source_makes_no_repository(here, upstream, capsys):
+    before = set(upstream.repositories)
+    refused(capsys, "MAETok/another", "--output", "x", "--push_to_hub", "user/x")
+    assert set(upstream.repositories) == before
 
 
 def test_an_upload_that_fails_leaves_the_output_and_says_how_to_go_on(here, upstream, monkeypatch, capsys):

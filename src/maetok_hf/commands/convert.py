@@ -263,9 +263,6 @@ class Conversion:
     def __init__(self, options: ConvertOptions):
         self.options = options
         self.output = check_output(options.output)
-        self.repo_id = options.push_to_hub
-        if self.repo_id is not None:
-            self.repo_id = check_upload(self.repo_id, private=options.hub_private_repo)
         asked = [("tokenizer", options.tokenizer, options.revision)]
         if options.transformer is not None:
             asked.append(("transformer", options.transformer, options.transformer_revision))
@@ -282,6 +279,9 @@ class Conversion:
         self.id2label = None
         if options.transformer is not None:
             self.id2label = resolve_names(options.id2label, self.checkpoints["transformer"].config["num_classes"])
+        self.repo_id = options.push_to_hub
+        if self.repo_id is not None:  # which makes the repository: not for a misspelt source
+            self.repo_id = check_upload(self.repo_id, private=options.hub_private_repo)
 
     @contextlib.contextmanager
     def _about(self, kind: str) -> Iterator[None]:

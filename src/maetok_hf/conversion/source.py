@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, metadata_load
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 
 _CARD = "README.md"
@@ -99,8 +100,13 @@ def find_source(
         info = HfApi(token=token).model_info(name, revision=revision)
         names = [file.rfilename for file in info.siblings or []]
         card = hf_hub_download(name, _CARD, revision=info.sha, token=token) if _CARD in names else None
-    except (HfHubHTTPError, ValueError):
+    except (RepositoryNotFoundError, RevisionNotFoundError, ValueError):
         raise
+    except HfHubHTTPError as error:
+        advice = ""
+        if error.response.status_code == HTTPStatus.UNAUTHORIZED:
+            advice = ". Log in with `hf auth login`, or set HF_TOKEN to a valid token."
+        raise OSError(" ".join(str(error).split()) + advice) from error  # its lines are far apart
     except Exception:  # no connection, of which each HTTP library has its own errors
         return Source(part=part, name=name, on_hub=True, licence_looked_up=False)
     return Source(
