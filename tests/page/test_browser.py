@@ -265,7 +265,8 @@ def test_votes_are_counted_told_and_downloaded(visit, pipelines, tmp_path):
         page.locator("#next-pair").click()
         page.get_by_text(f"Pair {number + 1}: class digit 4, seed {number}.").wait_for()
         page.locator("#vote-left:enabled").wait_for()
-        # nothing names a side before the vote
+        # nothing names a side before the vote, and no other pair can be had
+        assert page.locator("#next-pair:enabled").count() == 0
         assert one not in page.locator("#compare-status").inner_text()
         left = pixels(page, "#left")[0]
         page.locator("#vote-left").click()

@@ -80,7 +80,9 @@ def test_a_pair_gets_one_vote():
 
 def test_a_pair_without_a_vote_cannot_be_exchanged_for_a_better_one():
     comparison = votes(2).next_pair(asked(), CLASSES)
-    assert comparison.next_pair(asked(), CLASSES) == comparison
+    for other in (asked(), asked(seed=4), asked(class_index=5)):
+        with pytest.raises(ValueError, match="This pair has no vote yet"):
+            comparison.next_pair(other, CLASSES)
 
 
 def test_files_hold_every_vote_with_what_it_was_about():

@@ -1,5 +1,7 @@
 """The page can be laid out for every kind of pipeline, and its controls ask for what they show."""
 
+from types import SimpleNamespace
+
 import gradio as gr
 import numpy as np
 import PIL.Image
@@ -12,8 +14,8 @@ from maetok_hf.page.comparison import Comparison
 from maetok_hf.page.generation import GenerationSettings
 from maetok_hf.page.layout import build_page, page_css
 from maetok_hf.page.server import private_folder
-from maetok_hf.page.widgets import RunControls, abilities_of, as_files, with_messages
-from tests.pipelines.helpers import tiny_pipeline
+from maetok_hf.page.widgets import RunControls, abilities_of, as_files, literal, with_messages
+from tests.pipelines.helpers import Passes, tiny_pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,15 @@ def temporary_folder():
 
 def loaded(name="a", **components):
     return LoadedPipeline(pipe=tiny_pipeline("sde", **components), name=name)
+
+
+def called(page, event, label=None):
+    """What an event calls: one of the page, or of the button of this label."""
+    for function in page.fns.values():
+        for block, name in function.targets:
+            if name == event and (label is None or page.blocks[block].value == label):
+                return function
+    raise LookupError(f"nothing is called by {event} of {label}")
 
 
 def labels(page):
@@ -39,7 +50,8 @@ def test_the_page_has_a_tab_for_everything_and_a_comparison_only_of_two():
     # what computes waits in one queue, and no program may call it by name
     assert not page.analytics_enabled
     assert all(function.api_visibility == "private" for function in with_choice.fns.values())
-    ids = {function.concurrency_id for function in page.fns.values() if function.queue is not False}
+    leave = called(page, "unload")
+    ids = {one.concurrency_id for one in page.fns.values() if one.queue is not False and one is not leave}
     assert ids == {"models"}
 
 
@@ -102,13 +114,49 @@ def test_pictures_are_written_once_each_without_loss(temporary_folder):
         np.testing.assert_array_equal(np.asarray(PIL.Image.open(path)), np.asarray(image))
 
 
+def test_a_seed_that_is_no_seed_is_told_by_the_page():
+    with gr.Blocks():
+        controls = RunControls(abilities_of(loaded().pipe))
+    values = {name: component.value for name, component in controls.components.items()}
+    for seed in (-1, 1.5, 2**32, 10**20):
+        values["seed"] = controls.components["seed"].preprocess(seed)  # which Gradio neither rounds nor refuses
+        with pytest.raises(ValueError, match="The seed must be a whole number from 0 to 4294967295, got"):
+            controls.settings(*values.values())
+
+
+@pytest.mark.parametrize("label", ["Show a pair", "Interpolate classes"])
+def test_nothing_is_computed_for_a_page_that_was_closed(label, monkeypatch):
+    monkeypatch.setattr(widgets.gr, "Warning", lambda text, **options: None)
+    one = loaded()
+    page = build_page([one], other=one)
+
+    click = called(page, "click", label)
+    first = [Comparison(names=("a", "b"))] if label == "Show a pair" else [0, 1, 8]
+    rest = [component.value for component in click.inputs[len(first) :]]
+    here, gone = SimpleNamespace(session_hash="here"), SimpleNamespace(session_hash="gone")
+    called(page, "unload").fn(gone)
+    passes = Passes(one.pipe)
+    assert click.fn(*first, gone, lambda *args, **options: None, *rest) == gr.skip()
+    assert len(passes.times) == 1
+    assert click.fn(*first, here, lambda *args, **options: None, *rest) != gr.skip()
+
+
+def test_words_of_others_are_no_markup():
+    assert literal("digit 7") == "digit 7"
+    assert literal("<img src=x> **a** [b](c)\n| `d` & \\") == (r"\<img src\=x\> \*\*a\*\* \[b\]\(c\) \| \`d\` \& \\")
+
+
 def test_words_and_files_of_a_comparison():
     start = Comparison(names=("a", "b"))
     classes = {0: "tench"}
     comparison = start.next_pair(GenerationSettings(class_index=0), classes).vote("tie")
     first_is_left = comparison.pairs[0].first_is_left
     left, right = ("a", "b") if first_is_left else ("b", "a")
-    assert compare_tab.reveal(comparison) == (f"You preferred **neither**. Left was `{left}`, right was `{right}`.")
-    assert compare_tab.tally_table(comparison).splitlines()[-2:] == ["| `a` | 0 | 1 | 0 |", "| `b` | 0 | 1 | 0 |"]
+    assert compare_tab.reveal(comparison) == (
+        f"You preferred **neither**. Left was <code>{left}</code>, right was <code>{right}</code>."
+    )
+    assert compare_tab.tally_table(comparison).splitlines()[-2:] == [
+        f"| <code>{name}</code> | 0 | 1 | 0 |" for name in "ab"
+    ]
     for path in compare_tab.write_results(comparison):
         assert "tench" in open(path, encoding="utf-8").read()

@@ -11,7 +11,7 @@ from ..training.checkpointing import write_json, write_text
 from .abilities import NO_GUIDANCE, LoadedPipeline, default_scheme
 from .comparison import LEFT, RANDOM_CLASS, RIGHT, TIE, Comparison, common_classes, common_schemes, common_solvers
 from .generation import sample
-from .widgets import QUEUED, Abilities, RunControls, as_files, picture, with_messages
+from .widgets import QUEUED, Abilities, RunControls, Visitors, as_files, code, literal, picture, with_messages
 
 
 # Gradio puts the progress of a call in the place of this default
@@ -33,7 +33,7 @@ def tally_table(comparison: Comparison) -> str:
     Returns:
         `str`: A Markdown table.
     """
-    first, second = (f"`{name}`" for name in comparison.labels)
+    first, second = map(code, comparison.labels)
     wins, ties, losses = comparison.tally.values()
     return (
         f"| | wins | ties | losses |\n| --- | --- | --- | --- |\n| {first} | {wins} | {ties} | {losses} |\n"
@@ -51,9 +51,9 @@ def reveal(comparison: Comparison) -> str:
     Returns:
         `str`: A sentence in Markdown.
     """
-    pair, (first, second) = comparison.pairs[-1], comparison.labels
+    pair, (first, second) = comparison.pairs[-1], map(code, comparison.labels)
     left, right = (first, second) if pair.first_is_left else (second, first)
-    return f"You preferred **{VOTE_WORDS[pair.vote]}**. Left was `{left}`, right was `{right}`."
+    return f"You preferred **{VOTE_WORDS[pair.vote]}**. Left was {left}, right was {right}."
 
 
 def write_results(comparison: Comparison) -> tuple[str, str]:
@@ -73,13 +73,14 @@ def write_results(comparison: Comparison) -> tuple[str, str]:
     return str(paths[0]), str(paths[1])
 
 
-def compare_tab(first: LoadedPipeline, second: LoadedPipeline) -> None:
+def compare_tab(first: LoadedPipeline, second: LoadedPipeline, visitors: Visitors) -> None:
     """
     Lay out the tab.
 
     Args:
         first ([`LoadedPipeline`]): One pipeline, whose wins are counted.
         second ([`LoadedPipeline`]): The other, of the same classes.
+        visitors ([`Visitors`]): Those of the page.
     """
     pipes = (first.pipe, second.pipe)
     classes, schemes = common_classes(*pipes), common_schemes(*pipes)
@@ -114,20 +115,25 @@ def compare_tab(first: LoadedPipeline, second: LoadedPipeline) -> None:
                 as_csv = gr.DownloadButton("Download CSV", interactive=False, elem_id="as-csv")
 
     @with_messages
-    def show_pair(comparison: Comparison, progress: gr.Progress = PROGRESS, *values: Any) -> tuple:
+    def show_pair(
+        comparison: Comparison, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any
+    ) -> tuple:
         comparison = comparison.next_pair(controls.settings(*values), classes)
         pair = comparison.pairs[-1]
         images = []
         for part, pipe in enumerate(pipes):
 
             def report(done: int, total: int, part: int = part) -> None:
+                visitors.check(request)
                 progress((part * total + done, 2 * total), unit="steps")
 
             images += sample(pipe, pair.settings, report)
         left, right = images if pair.first_is_left else images[::-1]
         sides = as_files({"left": left, "right": right})
-        text = f"Pair {pair.number + 1}: class {pair.class_name}, seed {pair.settings.seed}. **Which one is better?**"
-        return comparison, text, *sides, *[gr.update(interactive=True)] * len(votes), gr.update(value="Show a pair")
+        name, seed = literal(pair.class_name), pair.settings.seed
+        text = f"Pair {pair.number + 1}: class {name}, seed {seed}. **Which one is better?**"
+        # the next pair comes after a vote: no pair can be exchanged for a better one
+        return comparison, text, *sides, *[gr.update(interactive=True)] * len(votes), gr.update(interactive=False)
 
     def voter(vote: str) -> Any:
         @with_messages
@@ -141,7 +147,7 @@ def compare_tab(first: LoadedPipeline, second: LoadedPipeline) -> None:
                 tally_table(comparison),
                 *files,
                 *disabled,
-                gr.update(value="Next pair"),
+                gr.update(value="Next pair", interactive=True),
             )
 
         return count_vote

@@ -159,7 +159,7 @@ class Comparison:
 
     def next_pair(self, settings: GenerationSettings, classes: dict[int, str]) -> "Comparison":
         """
-        Draw a pair; a pair that got no vote is replaced by an equal one.
+        Draw a pair.
 
         Args:
             settings ([`GenerationSettings`]): How both images shall be made. Its seed is that of the comparison; its
@@ -170,10 +170,11 @@ class Comparison:
             [`Comparison`]: With a new last pair, whose images have the seed of the comparison plus its number.
 
         Raises:
-            ValueError: If the class is unknown, or the seed becomes too large.
+            ValueError: If the last pair has no vote, the class is unknown, or the seed becomes too large.
         """
-        pairs = self.pairs[:-1] if self.waits_for_vote else self.pairs
-        number, seed, index = len(pairs), settings.seed, settings.class_index
+        if self.waits_for_vote:
+            raise ValueError("This pair has no vote yet: say which image is better, or that it is a tie.")
+        number, seed, index = len(self.pairs), settings.seed, settings.class_index
         if index == RANDOM_CLASS:
             known = [index for index in classes if index >= 0]
             index = known[torch.randint(len(known), (), generator=keyed_generator(seed, "pair class", number))]
@@ -189,7 +190,7 @@ class Comparison:
             class_name=classes[index],
             first_is_left=first_is_left,
         )
-        return replace(self, pairs=(*pairs, pair))
+        return replace(self, pairs=(*self.pairs, pair))
 
     def vote(self, vote: str) -> "Comparison":
         """

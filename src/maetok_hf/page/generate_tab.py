@@ -59,10 +59,11 @@ def generate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) -> Ru
             captions = [f"seed {seed}" for seed in settings.seeds]
             files = as_files({f"seed-{s}": image for s, image in zip(settings.seeds, moment.images, strict=True)})
             frames.append((files[0], "end" if moment.is_final else f"time {moment.time:.2f}"))
+            num_steps = moment.num_steps
             text = (
-                f"Done: {moment.num_steps} steps in {time.monotonic() - begin:.1f} s."
+                f"Done: {num_steps} step{'s' if num_steps > 1 else ''} in {time.monotonic() - begin:.1f} s."
                 if moment.is_final
-                else f"Step {moment.step} of {moment.num_steps}: predicted clean images at time {moment.time:.2f}."
+                else f"Step {moment.step} of {num_steps}: predicted clean images at time {moment.time:.2f}."
             )
             yield list(zip(files, captions, strict=True)), frames, text, program
         if moment is None:

@@ -9,7 +9,17 @@ from PIL import Image
 from .abilities import LoadedPipeline, classes_of
 from .interpolation import MAX_PICTURES, MIN_PICTURES, interpolate_classes, interpolate_images, weights
 from .reconstruction import open_upload
-from .widgets import QUEUED, RunControls, abilities_of, as_files, choices, gallery, image_field, with_messages
+from .widgets import (
+    QUEUED,
+    RunControls,
+    Visitors,
+    abilities_of,
+    as_files,
+    choices,
+    gallery,
+    image_field,
+    with_messages,
+)
 
 
 # Gradio puts the progress of a call in the place of this default
@@ -31,13 +41,16 @@ def _with_weights(pictures: list[Image.Image]) -> list[tuple[str, str]]:
     return list(zip(files, captions, strict=True))
 
 
-def interpolate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) -> tuple[RunControls, gr.Dropdown]:
+def interpolate_tab(
+    pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown, visitors: Visitors
+) -> tuple[RunControls, gr.Dropdown]:
     """
     Lay out the tab.
 
     Args:
         pipelines (`Sequence[LoadedPipeline]`): What can be chosen.
         chosen (`gr.Dropdown`): Which one is, by its index.
+        visitors ([`Visitors`]): Those of the page.
 
     Returns:
         `tuple[RunControls, gr.Dropdown]`: Its controls and the second class, which follow the choice.
@@ -77,8 +90,11 @@ def interpolate_tab(pipelines: Sequence[LoadedPipeline], chosen: gr.Dropdown) ->
         return _with_weights(interpolate_images(pipelines[index].pipe, *ends, count))
 
     @with_messages
-    def classes_between(index: int, second: int, count: int, progress: gr.Progress = PROGRESS, *values: Any) -> list:
+    def classes_between(
+        index: int, second: int, count: int, request: gr.Request, progress: gr.Progress = PROGRESS, *values: Any
+    ) -> list:
         def report(done: int, total: int) -> None:
+            visitors.check(request)
             progress((done, total), unit="steps")
 
         if second is None:

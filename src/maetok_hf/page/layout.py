@@ -10,7 +10,7 @@ from .compare_tab import compare_tab
 from .generate_tab import generate_tab
 from .interpolate_tab import interpolate_tab, second_class_options
 from .reconstruct_tab import reconstruct_tab
-from .widgets import UNQUEUED, abilities_of
+from .widgets import UNQUEUED, Visitors, abilities_of, code
 
 
 TITLE = "maetok_hf"
@@ -58,7 +58,7 @@ def page_css(pipelines: Sequence[LoadedPipeline]) -> str:
 
 
 def _header(loaded: LoadedPipeline) -> str:
-    return f"# {TITLE}\n`{loaded.label}` · {describe(loaded.pipe)}"
+    return f"# {TITLE}\n{code(loaded.label)} · {describe(loaded.pipe)}"
 
 
 def build_page(pipelines: Sequence[LoadedPipeline], other: LoadedPipeline | None = None) -> gr.Blocks:
@@ -73,6 +73,7 @@ def build_page(pipelines: Sequence[LoadedPipeline], other: LoadedPipeline | None
         `gr.Blocks`: The page, which [`~maetok_hf.page.server.serve`] serves.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=DELETE_CACHE, fill_width=True) as page:
+        visitors = Visitors(page)
         header = gr.Markdown(_header(pipelines[0]), elem_id="header")
         chosen = gr.Dropdown(
             label="Pipeline",
@@ -87,10 +88,10 @@ def build_page(pipelines: Sequence[LoadedPipeline], other: LoadedPipeline | None
             with gr.Tab("Reconstruct"):
                 reconstruct_tab(pipelines, chosen)
             with gr.Tab("Interpolate"):
-                between_controls, second_class = interpolate_tab(pipelines, chosen)
+                between_controls, second_class = interpolate_tab(pipelines, chosen, visitors)
             if other is not None:
                 with gr.Tab("Compare"):
-                    compare_tab(pipelines[0], other)
+                    compare_tab(pipelines[0], other, visitors)
 
         def choose(index: int) -> list[Any]:
             loaded = pipelines[index]

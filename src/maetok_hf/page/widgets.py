@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ..pipelines import MAETokDiffusionPipeline
 from .abilities import NO_GUIDANCE, OWN_SOLVER, SCHEMES, classes_of, default_scheme, schemes_of, solvers_of
-from .generation import MAX_IMAGES, MAX_SEED, MAX_STEPS, GenerationSettings
+from .generation import MAX_IMAGES, MAX_STEPS, GenerationSettings
 
 
 # all events that compute share one queue: one of them runs, and the others see their place in it
@@ -122,6 +123,60 @@ def as_files(images: Mapping[str, Image.Image]) -> list[str]:
     for name, image in images.items():
         image.save(folder / f"{name}.png")
     return [str(folder / f"{name}.png") for name in images]
+
+
+def literal(text: str) -> str:
+    """
+    Words of others for Markdown: names of classes and folders may hold anything.
+
+    Args:
+        text (`str`): The words.
+
+    Returns:
+        `str`: Markdown that shows them as they are.
+    """
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
+
+
+def code(text: str) -> str:
+    """
+    As [`literal`], in the letters of code.
+
+    Args:
+        text (`str`): The words.
+
+    Returns:
+        `str`: Markdown.
+    """
+    return f"<code>{literal(text)}</code>"
+
+
+class Visitors:
+    """
+    Knows whose page was closed, so that nothing computes for them in front of others who wait.
+
+    Args:
+        page (`gr.Blocks`): The page.
+    """
+
+    def __init__(self, page: gr.Blocks):
+        # a page that is opened again has another session
+        self._gone: set[str] = set()
+        page.unload(self._leave)
+
+    def _leave(self, request: gr.Request) -> None:
+        self._gone.add(request.session_hash)
+
+    def check(self, request: gr.Request) -> None:
+        """
+        Args:
+            request (`gr.Request`): Of an event.
+
+        Raises:
+            ValueError: If the page that it came from was closed.
+        """
+        if request.session_hash in self._gone:
+            raise ValueError("The page was closed.")
 
 
 # what a person can do something about
@@ -254,7 +309,8 @@ class RunControls:
         if below_class is not None:
             below_class.render()
         with gr.Row():
-            add("seed", gr.Number(label="Seed", value=0, precision=0, minimum=0, maximum=MAX_SEED, min_width=100))
+            # no limits, as Gradio would round a number, and tell of one out of range by badges over every picture
+            add("seed", gr.Number(label="Seed", value=0, step=1, min_width=100))
             if num_images is not None:
                 slider = gr.Slider(1, MAX_IMAGES, num_images, step=1, label="Images", min_width=100)
                 add("num_images", slider)
