@@ -309,7 +309,7 @@ def test_a_narrow_window_needs_no_scrolling_to_the_side(visit):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
-def test_the_server_ends_cleanly_with_a_page_open_and_leaves_nothing(number, code, pipelines, browser, tmp_path):
+def test_the_server_ends_cleanly_in_the_middle_of_a_run_and_leaves_nothing(number, code, pipelines, browser, tmp_path):
     with serve_page("--pipeline", next(iter(pipelines)), temporary=str(tmp_path)) as server:
         page = browser.new_page()
         page.goto(server.url)
@@ -318,6 +318,10 @@ def test_the_server_ends_cleanly_with_a_page_open_and_leaves_nothing(number, cod
         page.get_by_text("dB PSNR").wait_for()
         (folder,) = tmp_path.glob("maetok-demo-*")
         assert list(folder.rglob("image.png"))
+        tab(page, "Generate")
+        set_number(page, "number input for Steps", 1000)
+        page.locator("#generate").click()
+        page.get_by_text("predicted clean images at time").wait_for()
         assert server.stop(number) == code
         page.close()
     assert not folder.exists()

@@ -1,5 +1,6 @@
 """The page can be laid out for every kind of pipeline, and its controls ask for what they show."""
 
+import threading
 from types import SimpleNamespace
 
 import gradio as gr
@@ -139,6 +140,17 @@ def test_nothing_is_computed_for_a_page_that_was_closed(label, monkeypatch):
     assert click.fn(*first, gone, lambda *args, **options: None, *rest) == gr.skip()
     assert len(passes.times) == 1
     assert click.fn(*first, here, lambda *args, **options: None, *rest) != gr.skip()
+
+
+def test_runs_end_with_the_server(monkeypatch):
+    with gr.Blocks() as page:
+        visitors = widgets.Visitors(page)
+    here = SimpleNamespace(session_hash="here")
+    visitors.check(here)
+    ended = threading.Thread()
+    monkeypatch.setattr(threading, "main_thread", lambda: ended)
+    with pytest.raises(ValueError, match="closed"):
+        visitors.check(here)
 
 
 def test_words_of_others_are_no_markup():

@@ -257,6 +257,16 @@ def sample(
     ).images
 
 
+def is_exiting() -> bool:
+    """
+    Whether Python has come to its end, at which it waits for threads: runs must end, too.
+
+    Returns:
+        `bool`: That.
+    """
+    return not threading.main_thread().is_alive()
+
+
 class _Run(threading.Thread):
     """A call of a pipeline that puts a [`Progress`] or an error into a queue, and stops when it is told to."""
 
@@ -267,7 +277,7 @@ class _Run(threading.Thread):
         num_previews: int,
         stop: threading.Event | None,
     ):
-        super().__init__(daemon=True, name="page run")
+        super().__init__(name="page run")
         self.pipe, self.settings, self.num_previews = copy_for_run(pipe, settings.solver), settings, num_previews
         # `None` is the end of a run that was stopped
         self.moments: queue.SimpleQueue[Progress | BaseException | None] = queue.SimpleQueue()
@@ -286,7 +296,7 @@ class _Run(threading.Thread):
 
         def observe(pipe: MAETokDiffusionPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
             nonlocal latents
-            pipe._interrupt = self.stop.is_set() or self.abandoned.is_set()
+            pipe._interrupt = self.stop.is_set() or self.abandoned.is_set() or is_exiting()
             done, total = step + 1, pipe.num_timesteps
             # evenly over the run, and not at the end, which is shown anyhow
             if done < total and done * (self.num_previews + 1) // total > step * (self.num_previews + 1) // total:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..pipelines import MAETokDiffusionPipeline
 from .abilities import NO_GUIDANCE, OWN_SOLVER, SCHEMES, classes_of, default_scheme, schemes_of, solvers_of
-from .generation import MAX_IMAGES, MAX_STEPS, GenerationSettings
+from .generation import MAX_IMAGES, MAX_STEPS, GenerationSettings, is_exiting
 
 
 # all events that compute share one queue: one of them runs, and the others see their place in it
@@ -173,9 +173,9 @@ class Visitors:
             request (`gr.Request`): Of an event.
 
         Raises:
-            ValueError: If the page that it came from was closed.
+            ValueError: If the page that it came from was closed, or the server has ended.
         """
-        if request.session_hash in self._gone:
+        if request.session_hash in self._gone or is_exiting():
             raise ValueError("The page was closed.")
 
 
