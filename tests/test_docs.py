@@ -181,6 +181,13 @@ def load_extension(name):
     return module
 
 
+def test_every_result_is_a_page():
+    results = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (DOCS / "results").glob("*.md")}
+    assert pages.keys() == results
+    assert all(f"benchmarks/results/{name}\n" in text for name, text in pages.items())
+
+
 def test_docstrings_become_markdown():
     docstring = """
     What it does, as [`Other.method`] and a [page](https://example.org) with [`code`](x.md) say.
