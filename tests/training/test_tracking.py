@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+import time
 import types
 
 import numpy as np
@@ -62,6 +63,9 @@ def tensorboard_run(folder, first_step, steps, picture=None):
 def test_tensorboard_of_a_resumed_run_shows_each_step_once(tmp_path):
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     tensorboard_run(tmp_path, 0, range(1, 8))  # killed at step 7, its checkpoint is at step 5
+    second = int(time.time())
+    while int(time.time()) == second:  # by which files are named and read in order; runs share none
+        time.sleep(0.05)
     tensorboard_run(tmp_path, 5, range(6, 10), picture)
     events = EventAccumulator(str(tmp_path / "project")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 10))
