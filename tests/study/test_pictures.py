@@ -41,6 +41,7 @@ def test_bands_reach_from_the_smallest_to_the_largest(compared):
 
 def test_generation_over_the_probe_has_a_point_for_each_seed(compared):
     left, right = pictures._probe_and_distance(compared, make_measures(2)).axes
+    assert right.get_yscale() == "log"
     points = {group.get_label(): np.sort(group.get_offsets(), axis=0) for group in left.collections}
     assert list(points) == [VARIANTS[name].title for name in ("autoencoder", "maetok", "maetok-finetuned")]
     expected = [[50 * value, 7 * value] for value in (0.9, 0.91)]

@@ -123,6 +123,7 @@ def _probe_and_distance(records: Sequence[Record], measures: dict[str, Measure])
     _lines(right, records, lambda record: {point["step"]: point["distance"] for point in _curve(record)})
     right.set_xlabel("training steps of the generator")
     right.set_ylabel("gFD of few samples")
+    right.set_yscale("log")  # it falls by two orders of magnitude
     return figure
 
 
