@@ -553,7 +553,8 @@ def test_full_size_tokenizers_convert(sample_size, modulated, tmp_path):
 def test_full_size_sit_converts(tmp_path):
     with torch.device("meta"):
         model = SiTTransformer1DModel(num_layers=24, attention_head_dim=64)
-    full_size_checkpoint(tmp_path, "sit", model, num_heads=16)
+    sizes = {"hidden_size": 1024, "depth": 24, "num_heads": 16, "in_channels": 32, "input_size": 128}
+    full_size_checkpoint(tmp_path, "sit", model, **sizes)
     converted = convert_transformer(tmp_path)
     assert sum(p.numel() for p in converted.parameters()) == sum(p.numel() for p in model.parameters())
     assert (converted.config.num_layers, converted.config.attention_head_dim, converted.config.in_channels) == (
