@@ -13,7 +13,6 @@ how far mixtures get below it.
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..training.checkpointing import write_json
 from .mixture import CovarianceType, GaussianMixture, Initialization, draw_mixture, fit_mixture
 from .principal_components import PrincipalComponents, fit_principal_components
 from .rows import Rows, iterate_rows
@@ -220,7 +220,7 @@ def _curve(
             if cell is None:
                 cell = _fit(train, held_out, size, seed, settings, device)
                 if file is not None:
-                    _write(file, {"settings": asdict(settings), "data": asdict(data), "cell": asdict(cell)})
+                    write_json(file, {"settings": asdict(settings), "data": asdict(data), "cell": asdict(cell)})
             cells.append(cell)
     return MixtureCurve(settings=settings, data=data, cells=tuple(cells))
 
@@ -319,10 +319,3 @@ def _read(file: Path, settings: MixtureSettings, data: MixtureData) -> MixtureCe
                 "or remove it."
             )
     return MixtureCell(**{field.name: content["cell"][field.name] for field in fields(MixtureCell)})
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is whole or absent."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)

@@ -1,13 +1,11 @@
 """`maetok-demo`: a page in the browser to try pipelines on."""
 
-import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -20,7 +18,7 @@ from ..page.comparison import check_comparable
 from ..page.server import LOCAL_HOSTS, address_of, is_local, make_app, open_port, private_folder, serve
 from ..sampling import load_pipeline
 from ..sampling.options import SamplingOptions
-from ..training.configuration import add_flags, build, given_flags
+from .command_line import parse_words
 
 
 PROG = "maetok-demo"
@@ -29,12 +27,12 @@ A page in the browser to try pipelines on: generate images of a class and watch 
 image of yours and which token is what, interpolate between images or classes, and compare two pipelines blindly.
 """
 EXAMPLES = f"""\
-examples:
   {PROG} --pipeline outputs/demo/pipeline
   {PROG} --pipeline runs/generator user/repository --dtype bfloat16
   {PROG} --pipeline runs/generator --compare runs/generator-gft
   {PROG} --pipeline user/repository --revision v2 --compare user/repository --compare_revision v1
-
+"""
+NOTES = """
 The page is at the address that is printed; Ctrl-C ends it. It is served to this machine only, until --host says
 otherwise: there are no passwords. From elsewhere, forward the port: ssh -L 7860:127.0.0.1:7860 MACHINE
 
@@ -101,20 +99,7 @@ def parse_options(words: Sequence[str] | None = None) -> PageOptions:
     Raises:
         SystemExit: With a message, if a flag or its value is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=version("maetok_hf"))
-    add_flags(parser, PageOptions, "options", defaults=True)
-    try:
-        return build(PageOptions, given_flags(parser.parse_args(words), PageOptions))
-    except ValueError as error:
-        parser.error(str(error))
+    return parse_words(PROG, DESCRIPTION, EXAMPLES, PageOptions, words, notes=NOTES)
 
 
 def load(name: str, revision: str | None, dtype: str, device: torch.device) -> LoadedPipeline:
