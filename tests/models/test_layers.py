@@ -1,5 +1,7 @@
 """Attention, block and their parts against plain formulas."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from maetok_hf.models.layers import (
     TransformerBlock,
     apply_rotary_emb,
     modulate_latents,
+    pad_keys,
 )
 from tests.testing_utils import randomize_parameters, seeded_normal
 
@@ -23,11 +26,11 @@ def tables(length, heads, pairs, seed=0):
     return angles, (angles.cos(), angles.sin())
 
 
-def test_rotary_is_a_complex_product_of_adjacent_channels():
+def test_rotary_is_a_complex_product_of_adjacent_channels_whose_real_parts_come_first():
     hidden_states = seeded_normal(2, 5, 3, 8)
     angles, (cos, sin) = tables(5, 3, 4)
     rotated = torch.view_as_complex(hidden_states.unflatten(-1, (4, 2))) * torch.polar(torch.ones(()), angles)
-    expected = torch.view_as_real(rotated).flatten(-2)
+    expected = torch.cat([rotated.real, rotated.imag], dim=-1)
     torch.testing.assert_close(apply_rotary_emb(hidden_states, cos, sin), expected)
 
 
@@ -35,7 +38,8 @@ def test_rotary_keeps_lengths_and_the_zero_angle_keeps_everything():
     hidden_states = seeded_normal(2, 5, 3, 8)
     _, (cos, sin) = tables(5, 3, 4)
     torch.testing.assert_close(apply_rotary_emb(hidden_states, cos, sin).norm(dim=-1), hidden_states.norm(dim=-1))
-    assert torch.equal(apply_rotary_emb(hidden_states, torch.ones(5, 3, 4), torch.zeros(5, 3, 4)), hidden_states)
+    unturned = apply_rotary_emb(hidden_states, torch.ones(5, 3, 4), torch.zeros(5, 3, 4))
+    assert torch.equal(unturned, torch.cat([hidden_states[..., ::2], hidden_states[..., 1::2]], dim=-1))
 
 
 def test_rotary_runs_in_float32_at_least():
@@ -101,6 +105,76 @@ def test_rms_norm_is_a_scaled_unit_root_mean_square_in_the_dtype_of_its_input(dt
     assert norm(x).dtype == dtype
     rms = (norm(x).double() / norm.weight.double()).square().mean(-1).sqrt()
     torch.testing.assert_close(rms, torch.ones_like(rms), atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kept", [slice(2, None), slice(1, 4), slice(0, 1)], ids=str)
+@torch.no_grad()
+def test_tokens_that_do_not_attend_change_nothing_for_those_that_do(kept, fused):
+    attn, x = randomize_parameters(MAETokAttention(12, 3, 8)), seeded_normal(2, 5, 12)
+    if fused:
+        attn.fuse_projections()
+    rotary_emb = tables(5, 3, 4)[1]
+    expected = attn(x, rotary_emb=rotary_emb)[:, kept]
+    torch.testing.assert_close(attn(x, rotary_emb=rotary_emb, kept=kept), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("modulation", [None, "latent"])
+def test_block_whose_other_tokens_do_not_leave_has_the_same_tokens_and_gradients(modulation):
+    block = randomize_parameters(TransformerBlock(12, 3, 4, modulation=modulation, conditioning_dim=2))
+    x = seeded_normal(2, 7, 12).requires_grad_()
+    conditioning = None if modulation is None else seeded_normal(2, 3, 2, seed=1)
+    rotary_emb, kept = tables(7, 3, 2)[1], slice(1, 4)  # as in a decoder, where the latents come last
+    weights = seeded_normal(2, 3, 12, seed=2)
+    found = []
+    for tokens in (
+        block(x, conditioning, rotary_emb)[:, kept],
+        block(x, conditioning, rotary_emb, None, kept),
+    ):
+        inputs = [x, *block.parameters()]
+        gradients = torch.autograd.grad((tokens * weights).sum(), inputs)
+        found.append([tokens, *gradients])
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [192, 385, 511])
+def test_padded_keys_change_nothing_and_pad_to_fast_lengths(length):
+    query, key, value = (seeded_normal(1, length, 2, 8, seed=seed).to(torch.bfloat16) for seed in range(3))
+    padded_key, padded_value, mask = pad_keys(key, value)
+    if length % 32 == 0:
+        assert padded_key is key and padded_value is value and mask is None
+        return
+    assert padded_key.shape == padded_value.shape == (1, length + -length % 32, 2, 8)
+    assert mask.sum() == length and mask[..., :length].all()
+
+    def attention(key, value, mask):
+        heads_first = (part.transpose(1, 2) for part in (query, key, value))
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
+
+    torch.testing.assert_close(
+        attention(padded_key, padded_value, mask), attention(key, value, None), atol=2e-2, rtol=2e-2
+    )
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(385, torch.float32), (191, torch.bfloat16), (513, torch.bfloat16)])
+def test_keys_are_not_padded_where_that_gains_nothing(length, dtype):
+    key = torch.zeros(1, length, 1, 2, dtype=dtype)
+    assert pad_keys(key, key)[0] is key
+
+
+@torch.no_grad()
+def test_padding_hides_itself_from_attention():
+    """In float32, where rounding does not hide a padding that takes part, through the processor."""
+    attn, x = randomize_parameters(MAETokAttention(12, 3, 8)), seeded_normal(1, 200, 12)
+    expected = attn(x)
+
+    def padded(key, value):
+        mask = torch.arange(224) < 200
+        return *(F.pad(part, (0, 0, 0, 0, 0, 24)) for part in (key, value)), mask.view(1, 1, 1, -1)
+
+    with patch("maetok_hf.models.layers.pad_keys", padded):
+        torch.testing.assert_close(attn(x), expected, atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()

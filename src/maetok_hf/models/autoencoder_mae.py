@@ -18,9 +18,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .embeddings import resample_position_embedding
-from .layers import compile_apart
 from .model_card import ModelCardMixin, config_settings
-from .vit import ViTDecoder, ViTEncoder
+from .vit import ViTDecoder, ViTEncoder, compile_blocks
 
 
 POSITION_EMBEDDINGS = ("rope", "absolute")
@@ -268,14 +267,14 @@ class AutoencoderMAE(ModelCardMixin, ModelMixin, AttentionMixin, AutoencoderMixi
 
     def compile_repeated_blocks(self, *args, **kwargs) -> None:
         """
-        Compile the transformer blocks, one graph for the encoder's and one for the decoder's: see
-        [`ModelMixin.compile_repeated_blocks`].
+        Compile the transformer blocks of encoder and decoder, for each one graph for the last and one for the others:
+        see [`ModelMixin.compile_repeated_blocks`].
 
         Args:
             args, kwargs: Passed on to `torch.compile`.
         """
-        compile_apart(self.encoder.transformer_blocks, *args, **kwargs)
-        compile_apart(self.decoder.transformer_blocks, *args, **kwargs)
+        compile_blocks(self.encoder, *args, **kwargs)
+        compile_blocks(self.decoder, *args, **kwargs)
 
     @torch.no_grad()
     def set_sample_size(self, sample_size: int) -> None:

@@ -11,9 +11,18 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 
+# Keys in bfloat16 on a CPU: lengths between these that are no multiple take torch's attention up to 2.4 times as long,
+# those of the published encoder (385) among them; see benchmarks/results/attention.md
+_PADDED_KEYS = range(192, 512)
+_PADDED_MULTIPLE = 32
+
+
 def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
     Rotate adjacent channel pairs `(2j, 2j + 1)` of every head by its own angle.
+
+    The rotated channels come as all first ones of the pairs, then all second ones: scores do not depend on an order of
+    channels that queries and keys share, and putting the pairs together again would take longer than the rotation.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, heads, head_dim)`): Queries or keys.
@@ -23,10 +32,30 @@ def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.
     Returns:
         `torch.Tensor`: Shape and dtype of `hidden_states`; the rotation itself runs in float32 at least.
     """
-    precise = hidden_states.to(torch.promote_types(hidden_states.dtype, cos.dtype))
-    even, odd = precise.unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return rotated.flatten(-2).to(hidden_states.dtype)
+    dtype = torch.promote_types(hidden_states.dtype, cos.dtype)
+    first, second = (half.to(dtype) for half in hidden_states.unflatten(-1, (-1, 2)).unbind(-1))
+    rotated = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(first * sin, second, cos)]
+    return torch.cat(rotated, dim=-1).to(hidden_states.dtype)
+
+
+def pad_keys(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Lengthen keys and values on a CPU where torch's attention is faster for it.
+
+    Args:
+        key, value (`torch.Tensor` of shape `(batch_size, sequence_length, heads, head_dim)`): Keys and values.
+
+    Returns:
+        `tuple`: Keys and values, and a mask of shape `(1, 1, 1, sequence_length)` that is False where they are
+        padding, `None` if nothing was padded.
+    """
+    length = key.shape[1]
+    missing = -length % _PADDED_MULTIPLE
+    if key.device.type != "cpu" or key.dtype != torch.bfloat16 or length not in _PADDED_KEYS or missing == 0:
+        return key, value, None
+    key, value = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (key, value))
+    mask = torch.arange(length + missing) < length
+    return key, value, mask.view(1, 1, 1, -1)
 
 
 class MAETokAttnProcessor:
@@ -41,11 +70,14 @@ class MAETokAttnProcessor:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        kept: slice | None = None,
     ) -> torch.Tensor:
+        kept = slice(None) if kept is None else kept
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query = query[:, kept]
         else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+            query, key, value = attn.to_q(hidden_states[:, kept]), attn.to_k(hidden_states), attn.to_v(hidden_states)
 
         # -1 absorbs the head count: under tensor parallelism a rank holds a slice of the heads
         query = query.unflatten(-1, (-1, attn.head_dim))  # (B, S, heads, head_dim)
@@ -55,8 +87,10 @@ class MAETokAttnProcessor:
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if rotary_emb is not None:
-            query = apply_rotary_emb(query, *rotary_emb)
+            query = apply_rotary_emb(query, *(table[kept] for table in rotary_emb))
             key = apply_rotary_emb(key, *rotary_emb)
+        if attention_mask is None and self._parallel_config is None:
+            key, value, attention_mask = pad_keys(key, value)
 
         hidden_states = dispatch_attention_fn(
             query,
@@ -98,7 +132,7 @@ def build_norm(norm_type: Literal["layer_norm", "rms_norm"], dim: int, eps: floa
 
 class MAETokAttention(nn.Module, AttentionModuleMixin):
     """
-    Multi-head self-attention with a biased output projection.
+    Multi-head self-attention with a biased output projection. `kept` names the tokens that attend, if not all do.
 
     Args:
         dim (`int`): Width of the tokens.
@@ -143,8 +177,9 @@ class MAETokAttention(nn.Module, AttentionModuleMixin):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        kept: slice | None = None,
     ) -> torch.Tensor:
-        return self.processor(self, hidden_states, attention_mask, rotary_emb)
+        return self.processor(self, hidden_states, attention_mask, rotary_emb, kept)
 
 
 class LayerScale(nn.Module):
@@ -285,7 +320,9 @@ class TransformerBlock(nn.Module):
         conditioning: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         skip: torch.Tensor | None = None,
+        kept: slice | None = None,
     ) -> torch.Tensor:
+        # `kept`: the tokens that leave, where a model wants no others; those are keys and values only
         if self.skip_proj is not None:
             # under autocast the layer returns low precision, in which what the blocks add must not be summed
             hidden_states = self.skip_proj(torch.cat([hidden_states, skip], dim=-1)).to(hidden_states.dtype)
@@ -301,9 +338,12 @@ class TransformerBlock(nn.Module):
         if self.modulation_type == "latent":
             shift1, scale1, shift2, scale2 = self.modulation(conditioning)  # (B, L, dim) each
             normed = modulate_latents(normed, shift1, scale1)
-        hidden_states = hidden_states + self.drop_path(self.scale1(self.attn(normed, rotary_emb=rotary_emb)))
+        attended = self.attn(normed, rotary_emb=rotary_emb, kept=kept)
+        if kept is not None:
+            hidden_states = hidden_states[:, kept]
+        hidden_states = hidden_states + self.drop_path(self.scale1(attended))
         normed = self.norm2(hidden_states)
-        if self.modulation_type == "latent":
+        if self.modulation_type == "latent" and kept is None:  # latents, which are modulated, do not leave a decoder
             normed = modulate_latents(normed, shift2, scale2)
         return hidden_states + self.drop_path(self.scale2(self.ff(normed)))
 

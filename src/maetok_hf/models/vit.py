@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .embeddings import MixedRotaryEmbedding, resample_position_embedding
-from .layers import Modulation, TransformerBlock, modulate_latents, run_block
+from .layers import Modulation, TransformerBlock, compile_apart, run_block
 
 
 def _run_blocks(
@@ -13,17 +13,34 @@ def _run_blocks(
     conditioning: torch.Tensor | None,
     grid: tuple[int, int],
     num_prefix_tokens: int,
+    kept: slice,
 ) -> torch.Tensor:
-    """Run a ViT's blocks on `[prefix; image; suffix]` tokens, rotating the image tokens if the model has `rope`."""
+    """
+    Run a ViT's blocks on `[prefix; image; suffix]` tokens, rotating the image tokens if the model has `rope`; only the
+    tokens `kept` leave the last one, which computes nothing else for the others than their keys and values.
+    """
     num_layers = len(model.transformer_blocks)
     rotary_embs = [None] * num_layers
     if model.rope is not None:
         num_suffix_tokens = hidden_states.shape[1] - num_prefix_tokens - grid[0] * grid[1]
         rotary_embs = model.rope(grid, num_prefix_tokens, num_suffix_tokens)
 
-    for block, rotary_emb in zip(model.transformer_blocks, rotary_embs, strict=True):
+    for block, rotary_emb in zip(model.transformer_blocks[:-1], rotary_embs[:-1], strict=True):
         hidden_states = run_block(model, block, hidden_states, conditioning, rotary_emb)
-    return hidden_states
+    last = model.transformer_blocks[-1]
+    return run_block(model, last, hidden_states, conditioning, rotary_embs[-1], None, kept)
+
+
+def compile_blocks(model: nn.Module, *args, **kwargs) -> None:
+    """
+    Compile a ViT's blocks: one graph for the last, which some tokens do not leave, and one for all the others.
+
+    Args:
+        model ([`ViTEncoder`] or [`ViTDecoder`]): The ViT.
+        args, kwargs: Passed on to `torch.compile`.
+    """
+    compile_apart(model.transformer_blocks[:-1], *args, **kwargs)
+    compile_apart(model.transformer_blocks[-1:], *args, **kwargs)
 
 
 @torch.no_grad()
@@ -136,9 +153,9 @@ class ViTEncoder(nn.Module):
             tokens.append((self.latent_tokens + self.latent_pos_embed).expand(batch_size, -1, -1))
         hidden_states = torch.cat(tokens, dim=1)  # (B, prefix + N + L, D)
 
-        hidden_states = _run_blocks(self, hidden_states, None, (rows, columns), prefix)
         first = prefix if self.latent_tokens is None else prefix + rows * columns
-        return self.proj_out(self.norm(hidden_states[:, first:]))
+        hidden_states = _run_blocks(self, hidden_states, None, (rows, columns), prefix, slice(first, None))
+        return self.proj_out(self.norm(hidden_states))
 
 
 class ViTDecoder(nn.Module):
@@ -252,10 +269,11 @@ class ViTDecoder(nn.Module):
         hidden_states = torch.cat(tokens, dim=1)  # (B, prefix + N + L, D)
 
         conditioning = None if self.norm_modulation is None else latent
-        hidden_states = _run_blocks(self, hidden_states, conditioning, grid, prefix)
-        hidden_states = self.norm(hidden_states)
-        if self.norm_modulation is not None:
-            # touches the latent tokens only, which do not leave; kept because checkpoints hold its weights and
-            # distributed training wants a (zero) gradient for every parameter
-            hidden_states = modulate_latents(hidden_states, *self.norm_modulation(latent))
-        return self.proj_out(hidden_states[:, prefix : prefix + num_patches])
+        image = slice(prefix, prefix + num_patches)
+        hidden_states = self.proj_out(self.norm(_run_blocks(self, hidden_states, conditioning, grid, prefix, image)))
+        if self.norm_modulation is not None and torch.is_grad_enabled():
+            # it would touch the latent tokens only, which do not leave; checkpoints hold its weights, and distributed
+            # training wants a (zero) gradient for every parameter
+            shift, scale = self.norm_modulation(latent[:1, :1])
+            hidden_states = hidden_states + 0 * (shift.mean() + scale.mean())
+        return hidden_states

@@ -11,8 +11,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from ..models.autoencoder_mae import AutoencoderMAE, TokenGaussianDistribution
-from ..models.layers import compile_apart
-from ..models.vit import ViTDecoder
+from ..models.vit import ViTDecoder, compile_blocks
 from .adversarial import adaptive_weight, output_gradient, weight_gradient_norm, with_gradient
 from .auxiliary import AuxiliaryDecoder
 from .targets import FeatureTarget, feature_loss
@@ -150,7 +149,7 @@ class TokenizerObjective(nn.Module):
         self.tokenizer.compile_repeated_blocks(*args, **kwargs)
         for decoder in self.auxiliary_decoders.modules():
             if isinstance(decoder, ViTDecoder):
-                compile_apart(decoder.transformer_blocks, *args, **kwargs)
+                compile_blocks(decoder, *args, **kwargs)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations of the tokenizer and of its auxiliary decoders in the backward pass."""
