@@ -1,5 +1,7 @@
 """LightningDiT: sizes, initialisation, its parts, rotary positions."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from diffusers.models.activations import SwiGLU
@@ -82,3 +84,24 @@ def test_angles_are_float32_at_least_whatever_the_dtype_of_the_model(dtype):
 def test_odd_heads_are_refused():
     with pytest.raises(ValueError, match="`attention_head_dim` must be even.* got 5"):
         LightningDiTTransformer1DModel(**{**TRANSFORMER_CONFIG, "attention_head_dim": 5})
+
+
+def test_rotary_tables_are_made_once_and_serve_gradients_after_inference_and_other_dtypes():
+    model = CASE.build()
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return rotary_tables(*args)
+
+    inputs = CASE.inputs()
+    with patch("maetok_hf.models.transformer_lightning_dit.rotary_tables", counted):
+        with torch.inference_mode():
+            expected = model(**inputs).sample
+        output = model(**inputs).sample
+        output.sum().backward()
+        assert torch.equal(output, expected)
+        assert len(calls) == 1
+        model.double()(**{**inputs, "hidden_states": inputs["hidden_states"].double()})
+        model.float()(**inputs)
+    assert len(calls) == 2

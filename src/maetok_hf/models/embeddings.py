@@ -113,7 +113,9 @@ class MixedRotaryEmbedding(nn.Module):
         self, grid: tuple[int, int], num_prefix_tokens: int, num_suffix_tokens: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """
-        Cosine and sine tables of every layer for a sequence of prefix, image (row-major) and suffix tokens.
+        Cosine and sine tables of every layer for a sequence of prefix, image (row-major) and suffix tokens. They are
+        made once a pass, for all layers together; keeping them longer would miss a change of the frequencies, which
+        are weights, wherever it does not go through autograd (moving averages, adapters).
 
         Args:
             grid (`tuple[int, int]`): Rows and columns of the image tokens; positions are their integer coordinates.

@@ -69,10 +69,16 @@ class LightningDiTTransformer1DModel(AdaLNTransformer1DModel):
                 f"`attention_head_dim` must be even, because rotary positions turn pairs of channels, got "
                 f"{attention_head_dim}."
             )
+        self._rotary_tables: dict[tuple[torch.device, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self._build("rms_norm", activation_fn="swiglu", qk_norm=qk_norm)
 
     def _rotary_emb(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # made anew for every pass: a buffer would lose its precision when the model is cast
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        head_dim = self.config.attention_head_dim
-        return rotary_tables(self.config.sample_size, head_dim, hidden_states.device, dtype)
+        # not a buffer, which would lose its precision when the model is cast
+        device, dtype = hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32)
+        sizes = self.config.sample_size, self.config.attention_head_dim
+        if torch.compiler.is_compiling():  # a constant of the graph
+            return rotary_tables(*sizes, device, dtype)
+        if (device, dtype) not in self._rotary_tables:
+            with torch.inference_mode(False):  # tables of a pass without gradients also serve one with them
+                self._rotary_tables[device, dtype] = rotary_tables(*sizes, device, dtype)
+        return self._rotary_tables[device, dtype]
