@@ -35,6 +35,7 @@ EXTRAS = {
     ],
     "conversion": ["timm>=1.0.15"],  # the names of ImageNet's classes
     "lora": ["peft>=0.17", "transformers>=5"],
+    "quantization": ["torchao>=0.18"],  # before, diffusers could not save its int8 weights
 }
 EXTRAS["evaluation"] = [*EXTRAS["training"], "evaluate>=0.4.6", "matplotlib>=3.8", "torch-fidelity>=0.4"]
 EXTRAS["analysis"] = [*EXTRAS["training"], "matplotlib>=3.8", "umap-learn>=0.5.7"]
@@ -47,6 +48,7 @@ EXTRAS["dev"] = [
     *EXTRAS["docs"],
     *EXTRAS["lora"],
     *EXTRAS["page"],
+    *EXTRAS["quantization"],
     *EXTRAS["study"],
     "playwright>=1.50",  # drives Debian's chromium in the tests of the page
     "piq>=0.8",  # other implementations of metrics, which tests compare with
