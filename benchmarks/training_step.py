@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from maetok_hf import AutoencoderMAE
 from maetok_hf.training.discriminator_objective import sample_adversarial_draws
+from maetok_hf.training.gradient_checkpointing import enable_gradient_checkpointing
 from maetok_hf.training.optim import create_ema
 from maetok_hf.training.recipes import load_recipe
 from maetok_hf.training.tokenizer_parts import (
@@ -131,10 +132,10 @@ class TrainingStep:
     Args:
         recipe ([`TokenizerRecipe`]): The recipe.
         stage_one ([`TokenizerRecipe`]): The recipe that describes the tokenizer; `recipe` itself in stage 1.
-        gradient_checkpointing (`bool`, *optional*, defaults to `False`): As the option of the script.
+        checkpointing_share (`float`, *optional*, defaults to 0.0): Share of the blocks that are recomputed.
     """
 
-    def __init__(self, recipe: TokenizerRecipe, stage_one: TokenizerRecipe, gradient_checkpointing: bool = False):
+    def __init__(self, recipe: TokenizerRecipe, stage_one: TokenizerRecipe, checkpointing_share: float = 0.0):
         self.recipe = recipe
         with random_networks(), torch.device("meta"):
             self.tokenizer: AutoencoderMAE = make_tokenizer(stage_one, 0, None)
@@ -142,8 +143,7 @@ class TrainingStep:
             self.discriminator = make_discriminator_objective(recipe, 0)
             self.objective = make_tokenizer_objective(recipe, self.tokenizer, 0, self.discriminator, captions)
         self.objective.train()
-        if gradient_checkpointing:
-            self.objective.enable_gradient_checkpointing()
+        enable_gradient_checkpointing(self.objective, checkpointing_share)
 
     def allocate(self, device: str) -> "TrainingStep":
         """

@@ -49,6 +49,7 @@ from maetok_hf.seeding import keyed_seed
 from maetok_hf.training.checkpointing import data_identity, export, model_digest, write_json
 from maetok_hf.training.discriminator_objective import sample_adversarial_draws
 from maetok_hf.training.draws import sample_noise, seed_global_generator
+from maetok_hf.training.gradient_checkpointing import enable_gradient_checkpointing
 from maetok_hf.training.interruption import end_process
 from maetok_hf.training.latent_statistics import measure_latents
 from maetok_hf.training.masking import sample_masks
@@ -167,7 +168,7 @@ class TokenizerTraining:
         if not self.latents_change:
             check_statistics_unused(recipe, options)
         if options.gradient_checkpointing:
-            self.objective.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(self.objective, options.gradient_checkpointing_share)
         if options.torch_compile:
             self.objective.compile_repeated_blocks()
 

@@ -55,6 +55,7 @@ from maetok_hf.training.checkpointing import data_identity, export, model_digest
 from maetok_hf.training.draws import seed_global_generator
 from maetok_hf.training.flow_matching import sample_flow_draws
 from maetok_hf.training.generator_parts import make_flow_objective, make_transformer
+from maetok_hf.training.gradient_checkpointing import enable_gradient_checkpointing
 from maetok_hf.training.interruption import end_process
 from maetok_hf.training.latent_encoding import check_same_encoder, encode_tokens
 from maetok_hf.training.model_card import write_model_card
@@ -182,7 +183,7 @@ class GeneratorTraining:
         objective = make_flow_objective(recipe, self.transformer, self.tokenizer.config.patch_size, options.seed)
         self.alignment = objective.alignment
         if options.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(self.transformer, options.gradient_checkpointing_share)
         if options.torch_compile:
             self.transformer.compile_repeated_blocks()
         configure_deepspeed(self.accelerator, self.stream.batch_size, recipe.max_grad_norm)

@@ -39,6 +39,7 @@ from maetok_hf.training.checkpointing import data_identity, export, model_digest
 from maetok_hf.training.draws import seed_global_generator
 from maetok_hf.training.flow_matching import FlowMatchingObjective, sample_flow_draws
 from maetok_hf.training.generator_parts import check_samples
+from maetok_hf.training.gradient_checkpointing import enable_gradient_checkpointing
 from maetok_hf.training.interruption import end_process
 from maetok_hf.training.latent_encoding import encode_tokens
 from maetok_hf.training.lora import LoraAdapter, add_lora
@@ -151,7 +152,7 @@ class LoraTraining:
             guidance_free=self.transformer.config.temperature_embedding,
         )
         if options.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(self.transformer, options.gradient_checkpointing_share)
         if options.torch_compile:
             self.transformer.compile_repeated_blocks()
         self.pipeline.to(self.device)

@@ -121,9 +121,26 @@ def test_micro_batches_do_not_change_the_data_or_the_masks(run_here, flags, tmp_
         assert first["loss"] == pytest.approx(second["loss"], rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(run_here, flags, tmp_path, assert_same_result):
+def test_gradient_checkpointing_of_any_share_changes_nothing(run_here, flags, tmp_path, assert_same_result):
     run_here("train_maetok", *flags, "--output_dir", tmp_path / "one")
-    run_here("train_maetok", *flags, "--output_dir", tmp_path / "two", "--gradient_checkpointing")
+    command = ["train_maetok", *flags, "--output_dir", tmp_path / "two", "--gradient_checkpointing"]
+
+    def stop_after_two_steps(module):
+        inner = module.TokenizerTraining.micro_step
+
+        def micro_step(self, number, *arguments):
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            inner(self, number, *arguments)
+
+        module.TokenizerTraining.micro_step = micro_step
+
+    with pytest.raises(SystemExit):
+        run_here(*command, prepare=stop_after_two_steps)
+    # another share does not make another run
+    run_here(*command, "--gradient_checkpointing_share", "0.5")
+    report = json.loads((tmp_path / "two" / "train_report.json").read_text())
+    assert report["options"]["gradient_checkpointing_share"] == 0.5
     assert_same_result(tmp_path / "one", tmp_path / "two")
 
 

@@ -5,6 +5,7 @@ from torch import nn
 from maetok_hf.models.autoencoder_mae import AutoencoderMAE
 from maetok_hf.training.auxiliary import AuxiliaryDecoder
 from maetok_hf.training.draws import sample_noise
+from maetok_hf.training.gradient_checkpointing import enable_gradient_checkpointing
 from maetok_hf.training.masking import sample_masks
 from maetok_hf.training.optim import weight_decay_groups
 from maetok_hf.training.targets import HOGTarget
@@ -436,7 +437,7 @@ def test_draws_are_needed_exactly_where_they_have_an_effect(images, mask):
 def test_gradient_checkpointing_reaches_every_decoder_and_changes_nothing(images, mask):
     plain, checkpointed = objective_with_hog(), objective_with_hog()
     checkpointed.load_state_dict(plain.state_dict())
-    checkpointed.enable_gradient_checkpointing()
+    enable_gradient_checkpointing(checkpointed)
     auxiliary = checkpointed.auxiliary_decoders["hog"].decoder
     stacks = [checkpointed.tokenizer.encoder, checkpointed.tokenizer.decoder, auxiliary]
     assert all(stack.gradient_checkpointing for stack in stacks)

@@ -36,6 +36,10 @@ class RunOptions:
             `"no"`, `"fp16"` or `"bf16"`; by default what `accelerate launch` says.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Recompute activations in the backward pass: less memory, more time, the same result.
+        gradient_checkpointing_share (`float`, *optional*, defaults to 1.0):
+            With `gradient_checkpointing`, the share of the transformer blocks, in (0, 1], whose activations are
+            recomputed, evenly spread over each stack: a smaller one takes less time and more memory. It may change
+            when a run is resumed.
         checkpointing_steps (`int`, *optional*, defaults to 5000):
             Steps between checkpoints.
         checkpoints_total_limit (`int`, *optional*, defaults to 2):
@@ -74,6 +78,7 @@ class RunOptions:
     num_streams: int | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     gradient_checkpointing: bool = False
+    gradient_checkpointing_share: float = 1.0
     checkpointing_steps: int = 5000
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str = "latest"
@@ -96,6 +101,16 @@ class RunOptions:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.gradient_checkpointing_share <= 1:
+            raise ValueError(
+                f"`gradient_checkpointing_share` must be in (0, 1], got {self.gradient_checkpointing_share}: for no "
+                "checkpointing, leave out `gradient_checkpointing`."
+            )
+        if self.gradient_checkpointing_share != 1 and not self.gradient_checkpointing:
+            raise ValueError(
+                f"`gradient_checkpointing_share` = {self.gradient_checkpointing_share} has no effect without "
+                "`gradient_checkpointing`: give both, or remove it."
+            )
         if self.dataloader_num_workers < 0:
             raise ValueError(f"`dataloader_num_workers` must be 0 or more, got {self.dataloader_num_workers}.")
         if self.num_streams is not None and self.num_streams < 1:

@@ -1,13 +1,11 @@
 """The tokenizer's objective: pixels and auxiliary features from masked images (MAETok, sections 3.2 and 3.3)."""
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
 
 from ..models.autoencoder_mae import AutoencoderMAE, TokenGaussianDistribution
@@ -150,14 +148,6 @@ class TokenizerObjective(nn.Module):
         for decoder in self.auxiliary_decoders.modules():
             if isinstance(decoder, ViTDecoder):
                 compile_blocks(decoder, *args, **kwargs)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations of the tokenizer and of its auxiliary decoders in the backward pass."""
-        self.tokenizer.enable_gradient_checkpointing()
-        checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-        for decoder in self.auxiliary_decoders.modules():
-            if isinstance(decoder, ViTDecoder):
-                decoder.gradient_checkpointing, decoder._gradient_checkpointing_func = True, checkpoint
 
     def _resolve_weights(self, loss_weights: Mapping[str, float]) -> dict[str, float]:
         weights = {"reconstruction": 1.0} | dict.fromkeys(self.auxiliary_decoders, 1.0)
