@@ -100,8 +100,8 @@ def score(samples: Path, reference: Path, output_dir: Path, num_threads: int) ->
     return {"seconds": seconds, "peak_gb": peak, "results": results}
 
 
-def inception_seconds(folder: Path) -> float:
-    """Median seconds per image of Inception with random weights, which takes as long as with the published ones."""
+def random_inception(folder: Path) -> InceptionExtractor:
+    """Inception with random weights, which takes as long as with the published ones."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Fresh(FeatureExtractorInceptionV3):
@@ -112,7 +112,12 @@ def inception_seconds(folder: Path) -> float:
     torch.save({}, path)
     torch.manual_seed(0)
     torch.save(Fresh("fresh", ["2048"], feature_extractor_weights_path=path).state_dict(), path)
-    extractor = InceptionExtractor.from_file(path)
+    return InceptionExtractor.from_file(path)
+
+
+def inception_seconds(folder: Path) -> float:
+    """Median seconds per image of Inception."""
+    extractor = random_inception(folder)
     images = torch.from_numpy(np.stack(list(synthetic_images(INCEPTION_IMAGES, 2)))).permute(0, 3, 1, 2)
     extractor(images)
     seconds = []

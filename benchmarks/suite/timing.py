@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .cases import Work
+
 
 MATMUL_SIZE = 2048
 MATMUL_FLOPS = 2 * MATMUL_SIZE**3
@@ -116,13 +118,13 @@ class PeakMemory:
 
 
 def time_work(
-    work: Callable[[], Any], flops: int | None, device: torch.device, dtype: torch.dtype, effort: Effort
+    work: Work, flops: int | None, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> dict[str, Any]:
     """
-    Time calls of some work.
+    Time calls of some work, and of its rival in turn with them.
 
     Args:
-        work (`Callable[[], Any]`): The work. Its first call may compile.
+        work ([`~benchmarks.suite.cases.Work`]): The work. Its first call may compile.
         flops (`int`, *optional*): Operations of a call; without it no share is formed.
         device (`torch.device`): Where it computes.
         dtype (`torch.dtype`): Type of the matrix product to compare with.
@@ -131,31 +133,44 @@ def time_work(
     Returns:
         `dict`: In plain types: seconds of the first call, quartiles of the seconds of the others, how many they were,
         the matrix product's operations per second, quartiles of the share of that (`None` without `flops`), and the
-        peak memory in bytes after the first call.
+        peak memory in bytes after the first call; with a rival also its seconds, and how many times they are ours.
     """
-    first = seconds_of(work, device)
+    warm = work.run if work.warm is None else work.warm
+    first = seconds_of(warm, device)
     begin = time.perf_counter()
     while True:
-        seconds_of(work, device)
+        seconds_of(warm, device)
         if time.perf_counter() - begin >= effort.warmup_seconds:
             break
-    rate, memory = MatmulRate(device, dtype), PeakMemory(device)
-    seconds, looks = [], [rate.look()]
+    memory = PeakMemory(device)
+    seconds_of(warm, device)
+    peak = memory.read()
+    if work.rival is not None:
+        work.rival()
+
+    rate = MatmulRate(device, dtype)
+    seconds, rival_seconds, looks = [], [], [rate.look()]
     begin = time.perf_counter()
     while len(seconds) < effort.max_rounds:
         if len(seconds) >= effort.min_rounds and time.perf_counter() - begin > effort.seconds:
             break
-        seconds.append(seconds_of(work, device))
+        seconds.append(seconds_of(work.run, device))
         looks.append(rate.look())
+        if work.rival is not None:
+            rival_seconds.append(seconds_of(work.rival, device))
     around = [(before + after) / 2 for before, after in zip(looks[:-1], looks[1:], strict=True)]
     shares = None
-    if flops is not None:
+    if flops is not None and work.rival is None:
         shares = [flops / own * product / MATMUL_FLOPS for own, product in zip(seconds, around, strict=True)]
-    return {
+    found = {
         "first_call_seconds": first,
         "seconds": quartiles(seconds),
         "num_rounds": len(seconds),
         "matmul_flops_per_second": MATMUL_FLOPS / statistics.median(looks),
         "share_of_matmul": None if shares is None else quartiles(shares),
-        "peak_bytes": memory.read(),
+        "peak_bytes": peak,
     }
+    if rival_seconds:
+        ratios = [theirs / own for own, theirs in zip(seconds, rival_seconds, strict=True)]
+        found |= {"rival_seconds": quartiles(rival_seconds), "speedup": quartiles(ratios)}
+    return found

@@ -1,0 +1,115 @@
+"""What a case of the suite is: how it is built, under which settings, and what it says about itself."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+MODES = ("eager", "compiled")
+DTYPES = ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    Under what a case is measured.
+
+    Args:
+        device (`str`): `"cpu"` or `"cuda"`.
+        dtype (`str`): Type of weights and activations; in training, that of autocast over float32 weights.
+        mode (`str`): `"eager"` or `"compiled"`.
+    """
+
+    device: str
+    dtype: str
+    mode: str
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """A module for inference on the device and in the type; what must be precise in a model of ours stays so."""
+        precise = [name for name, _ in module.named_parameters() if name.rsplit(".", 1)[-1] == "freqs"]
+        module = module.to(self.torch_device)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if name not in precise and tensor.is_floating_point():
+                tensor.data = tensor.data.to(self.torch_dtype)
+        return module.eval().requires_grad_(False)
+
+    def compile(self, *modules: nn.Module) -> None:
+        """Compile modules for inference in the way that docs/performance.md recommends for the device."""
+        for module in modules:
+            if self.device == "cpu":
+                module.compile(fullgraph=True, options={"freezing": True})
+            else:
+                module.compile(fullgraph=True, mode="max-autotune-no-cudagraphs")
+
+
+@dataclass
+class Work:
+    """
+    A case that is built.
+
+    Args:
+        run (`Callable[[], Any]`): A call that is timed.
+        images (`int`): Images of a call.
+        compile (`Callable[[], None]`, *optional*): Compiles what `run` uses, in place. Without it the case has no
+            compiled mode.
+        flops (`int`, *optional*): Operations of a call, where counting one call would take too long.
+        counted (`bool`, *optional*, defaults to `True`): Whether operations are counted by running one call.
+        rival (`Callable[[], Any]`, *optional*): The same by the naive form, timed in turn with `run`.
+        warm (`Callable[[], Any]`, *optional*): A shorter call that warms up in the place of `run`.
+    """
+
+    run: Callable[[], Any]
+    images: int
+    compile: Callable[[], None] | None = None
+    flops: int | None = None
+    counted: bool = True
+    rival: Callable[[], Any] | None = None
+    warm: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Something to measure.
+
+    Args:
+        group (`str`): What it belongs to; a table of the results.
+        name (`str`): What it is, with its sizes.
+        build (`Callable[[Settings], Work]`): Makes it.
+        dtypes, modes, devices (`Sequence[str]`): Where it makes sense. On other devices of the suite it is "not
+            measured".
+    """
+
+    group: str
+    name: str
+    build: Callable[[Settings], Work]
+    dtypes: Sequence[str] = DTYPES
+    modes: Sequence[str] = MODES
+    devices: Sequence[str] = DEVICES
+
+    def settings(self, devices: Sequence[str], dtypes: Sequence[str], modes: Sequence[str]) -> list[Settings]:
+        """All settings of a selection under which it is measured."""
+        return [
+            Settings(device, dtype, mode)
+            for device in self.devices
+            for dtype in self.dtypes
+            for mode in self.modes
+            if device in devices and dtype in dtypes and mode in modes
+        ]
+
+
+def key_of(record: dict[str, Any]) -> str:
+    """The name of a record, the same in every run of the suite."""
+    return " / ".join(str(record[part]) for part in ("group", "case", "device", "dtype", "mode"))
