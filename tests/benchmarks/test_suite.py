@@ -90,7 +90,7 @@ def test_operations_of_a_transformer_follow_the_formula():
         inputs = torch.zeros(3, config.sample_size, config.in_channels), torch.rand(3), torch.tensor([0, 1, 2])
         return Work(torch.no_grad()(lambda: model(*inputs)), images=3)
 
-    with patch("torch.set_num_threads"):
+    with patch("torch.set_num_threads"), patch.object(timing, "MatmulRate", SteadyRate):
         found = run_case(Case("group", "name", build), SETTINGS, 1, QUICK)
     expected = flops_of_sit(config.num_layers, width, config.sample_size, config.in_channels, batch=3)
     assert found["flops"] == expected and found["images"] == 3
@@ -192,7 +192,8 @@ def test_command_measures_groups_keeps_others_and_refuses_other_machines(tmp_pat
     words = ["benchmarks", "--output", str(path), "--seconds", "0.001"]
 
     def inline(case, settings, num_threads, effort):
-        return identity(case, settings) | run_case(case, settings, num_threads, QUICK)
+        with patch.object(timing, "MatmulRate", SteadyRate):
+            return identity(case, settings) | run_case(case, settings, num_threads, QUICK)
 
     def command(*more):
         with patch("sys.argv", [*words, "--num_threads", str(torch.get_num_threads()), *more]):

@@ -62,7 +62,7 @@ def test_a_loss_that_keeps_the_storage_of_its_elements_counts_it_also_without_va
 
 
 def test_memory_is_the_same_whether_or_not_anything_is_computed(recipe):
-    computed = ComputedMemory(recipe, gradient_checkpointing=False)
+    computed = ComputedMemory(TrainingStep(recipe, recipe), recipe.resolution)
     step = TrainingStep(recipe, recipe)
     with LiveBytes() as memory:
         step.allocate("cpu")
@@ -74,7 +74,7 @@ def test_memory_is_the_same_whether_or_not_anything_is_computed(recipe):
 
 
 def test_between_steps_there_are_weights_moments_and_the_average(recipe):
-    memory = ComputedMemory(recipe, gradient_checkpointing=False)
+    memory = ComputedMemory(TrainingStep(recipe, recipe), recipe.resolution)
     parts = training_memory.parts_between_steps(memory.step)
     weights = 4 * memory.step.tokenizer.num_parameters()
     assert parts == {
@@ -90,7 +90,7 @@ def test_between_steps_there_are_weights_moments_and_the_average(recipe):
 
 
 def test_checkpointing_takes_less_in_a_step_and_as_much_between_steps(recipe):
-    without, with_it = (ComputedMemory(recipe, gradient_checkpointing) for gradient_checkpointing in (False, True))
+    without, with_it = (ComputedMemory(TrainingStep(recipe, recipe, share), recipe.resolution) for share in (0, 1))
     assert with_it.between_steps() == without.between_steps()
     assert with_it.peak(64) < 0.7 * without.peak(64)
 

@@ -1,0 +1,23 @@
+"""The comparison of attention with and without padded keys: the same results, and what the table says."""
+
+import torch
+
+from benchmarks import attention
+from tests.testing_utils import seeded_normal
+
+
+def test_both_forms_agree():
+    query, key, value = (seeded_normal(1, 45, 2, 8, seed=seed).to(torch.bfloat16) for seed in range(3))
+    plain, padded = (attention.attention(query, key, value, pads) for pads in (False, True))
+    torch.testing.assert_close(padded, plain, atol=2e-2, rtol=2e-2)
+
+
+def test_ratios_are_of_neighbors_and_the_table_says_what_the_library_pads():
+    seconds = iter([9.0, 9.0, 9.0, 9.0, 3.0, 1.0, 8.0, 2.0])
+    with torch.no_grad(), attention.patch.object(attention, "seconds_of", lambda work, device: next(seconds)):
+        (found,) = attention.compare_lengths({385: "an encoder"}, num_rounds=2)
+    assert found["times_as_fast"]["median"] == 3.5 and found["milliseconds"]["median"] == 5500
+    facts = {"processors": 2, "architecture": "x", "accelerators": [], "python": "3", "packages": {}}
+    report = {"command": "c", "num_rounds": 2, "num_threads": 1, "machine": facts, "lengths": [found]}
+    assert "| 385 | an encoder | 5500.00" in attention.to_markdown(report)
+    assert attention.to_markdown(report).count("| yes |") == 1
