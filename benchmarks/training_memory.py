@@ -85,20 +85,19 @@ def tokenizer_only(recipe: TokenizerRecipe) -> TokenizerRecipe:
 
 class ComputedMemory:
     """
-    Memory of a recipe's training on a device that is not there.
+    Memory of training on a device that is not there.
 
     Args:
-        recipe ([`TokenizerRecipe`]): The recipe, of stage 1.
-        gradient_checkpointing (`bool`): As the option of the script.
+        step ([`TrainingStep`] or its like): The step, to which no memory is given yet.
+        arguments (`Any`): What it is called with after the number of images: the resolution.
     """
 
-    def __init__(self, recipe: TokenizerRecipe, gradient_checkpointing: bool):
-        self.recipe = recipe
-        self.step = TrainingStep(recipe, recipe, gradient_checkpointing)
+    def __init__(self, step: Any, *arguments: Any):
+        self.step, self.arguments = step, arguments
         self.modes = FakeTensorMode(), LiveBytes()
         with self._entered():
             self.step.allocate("cpu")
-            self.step(1, recipe.resolution)  # which makes the moments
+            self.step(1, *arguments)  # which makes the moments
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[LiveBytes]:
@@ -113,17 +112,16 @@ class ComputedMemory:
         """The most bytes that are there at a time during a step."""
         with self._entered() as memory:
             memory.peak = memory.live
-            self.step(batch_size, self.recipe.resolution)
+            self.step(batch_size, *self.arguments)
             return memory.peak
 
 
 class MeasuredMemory:
     """The same on the CUDA device of this process; see [`ComputedMemory`]."""
 
-    def __init__(self, recipe: TokenizerRecipe, gradient_checkpointing: bool):
-        self.recipe = recipe
-        self.step = TrainingStep(recipe, recipe, gradient_checkpointing).allocate("cuda")
-        self.step(1, recipe.resolution)
+    def __init__(self, step: Any, *arguments: Any):
+        self.step, self.arguments = step.allocate("cuda"), arguments
+        self.step(1, *arguments)
 
     def between_steps(self) -> int:
         return torch.cuda.memory_allocated()
@@ -132,7 +130,7 @@ class MeasuredMemory:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            self.step(batch_size, self.recipe.resolution)
+            self.step(batch_size, *self.arguments)
         except torch.cuda.OutOfMemoryError:
             for optimizer in self.step.optimizers:
                 optimizer.zero_grad()
@@ -162,7 +160,8 @@ def largest_batch(peak: Callable[[int], float], limit: float) -> int:
 
 def measure(recipe: TokenizerRecipe, gradient_checkpointing: bool) -> dict[str, Any]:
     """Peak memory of a step, and the batches that fit the cards."""
-    memory = (MeasuredMemory if torch.cuda.is_available() else ComputedMemory)(recipe, gradient_checkpointing)
+    step = TrainingStep(recipe, recipe, checkpointing_share=float(gradient_checkpointing))
+    memory = (MeasuredMemory if torch.cuda.is_available() else ComputedMemory)(step, recipe.resolution)
     peak = functools.lru_cache(maxsize=None)(memory.peak)
     batches = {card: largest_batch(peak, size * (1 - MARGIN)) for card, size in CARDS.items()}
     low, high = (batches[card] for card in CARDS)

@@ -15,6 +15,9 @@ from maetok_hf.training.recipes import load_recipe
 from maetok_hf.training.sit_recipe import SiTRecipe
 
 
+FEW_SHARES = (0.0, 0.5, 1.0)
+
+
 @pytest.fixture(scope="module")
 def committed():
     return json.loads((RESULTS / "checkpointing_curve.json").read_text())
@@ -23,29 +26,29 @@ def committed():
 @pytest.fixture
 def small_step(monkeypatch):
     recipe = load_recipe(SiTRecipe, RECIPES / "sit-b-256.yaml")
-    sizes = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
     recipe = dataclasses.replace(recipe, model=recipe.model | sizes)
     monkeypatch.setattr(checkpointing_curve, "load_recipe", lambda *arguments: recipe)
+    monkeypatch.setattr(checkpointing_curve, "SHARES", FEW_SHARES)
     return GeneratorStep(recipe)
 
 
-def test_each_share_takes_less_memory_and_repeats_its_blocks(small_step):
+def test_more_shares_take_less_memory_and_repeat_their_blocks(small_step):
     flops = list(operations("sit-b-256").values())
     repeated = [later - earlier for earlier, later in zip(flops[:-1], flops[1:], strict=True)]
     assert len(set(repeated)) == 1 and repeated[0] > 0, "a block each"
-    # forward passes of the blocks, but for their last products, of which nothing needs the outputs
+    # forward passes of the blocks, which are nearly all of the model
     assert 0.2 < (flops[-1] - flops[0]) / flops[0] < 1 / 3
     memory, peaks = ComputedMemory(small_step), []
-    for share in SHARES:
+    for share in FEW_SHARES:
         enable_gradient_checkpointing(small_step.objective, share)
         peaks.append(memory.peak(64))
-    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(SHARES)
-    assert peaks[-1] < 0.6 * peaks[0]
+    assert peaks[2] < peaks[1] < 0.8 * peaks[0]
 
 
 def test_what_is_measured_is_a_step_of_each_share(small_step):
     found = checkpointing_curve.measure("sit-b-256", 2, "cpu", 2)
-    assert [row["share"] for row in found["rows"]] == list(SHARES)
+    assert [row["share"] for row in found["rows"]] == list(FEW_SHARES)
     assert all(row["seconds"] > 0 and row["peak_bytes"] is None for row in found["rows"])
     assert found["rows"][0]["times_none"] == 1
     assert (found["batch_size"], found["num_rounds"]) == (2, 2)
@@ -57,6 +60,7 @@ def test_the_committed_tables_are_those_of_the_committed_numbers(committed):
     assert ("Not measured." in text) == (not committed["measured"])
 
 
+@pytest.mark.slow
 def test_the_committed_operations_are_those_of_the_recipe(committed):
     rows = committed["computed"]["SiT-B, 128 x 32"]
     assert {row["share"]: row["flops_per_image"] for row in rows} == operations("sit-b-256")
