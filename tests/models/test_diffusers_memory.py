@@ -128,11 +128,13 @@ def test_layerwise_casting(case, storage_dtype, compute_dtype):
     assert correlation > 0.9
 
 
-def test_layerwise_casting_leaves_positions_and_norms_alone(case):
+def test_layerwise_casting_leaves_positions_times_and_norms_alone(case):
     model = case.build()
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if "pos_embed" in name or "norm" in name or "freqs" in name or "patch_embed" in name:
+            assert tensor.dtype == torch.float32, name
+        if name.split(".")[0] in ("time_embed", "temperature_embed"):
             assert tensor.dtype == torch.float32, name
         if name.endswith("to_q.weight"):
             assert tensor.dtype == torch.float8_e4m3fn, name

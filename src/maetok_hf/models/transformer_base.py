@@ -28,6 +28,8 @@ class LatentTransformer1DModel(ModelCardMixin, ModelMixin, AttentionMixin, LoraF
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerBlock"]
     _repeated_blocks = ["TransformerBlock"]
+    # besides diffusers' own patterns: few weights, large errors, see benchmarks/results/quantization.md
+    _skip_layerwise_casting_patterns = ["time_embed", "temperature_embed"]
 
     def __init__(self):
         super().__init__()
