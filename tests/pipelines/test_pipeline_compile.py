@@ -1,4 +1,4 @@
-"""Compiled pipelines: one graph for a whole run, whatever the guidance does, and no more for other batches than two."""
+"""Compiled pipelines: one graph for a whole run, whatever the guidance does, and two for batches of any size."""
 
 import pytest
 import torch
