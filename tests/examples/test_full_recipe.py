@@ -265,6 +265,7 @@ def test_every_flag_is_read(run_here, full_flags, recipes, base_flags, tmp_path,
         run_here("train_maetok", *arguments, prepare=lambda module: record_reads(module, classes, reads))
 
     short = ["--max_train_steps", "4", "--checkpointing_steps", "10"]
+    short += ["--gradient_checkpointing", "--gradient_checkpointing_share", "0.5"]
     cold = ["--lr_warmup_steps", "0"]
     measure = ["--validation_split", "test", "--validation_steps", "2"]
     run(*full_flags, *short, *cold, *measure, "--push_to_hub", "--output_dir", tmp_path / "one")
@@ -281,7 +282,8 @@ def test_every_flag_is_read(run_here, full_flags, recipes, base_flags, tmp_path,
 def test_compiled_blocks_learn_the_same(run_here, full_flags, tmp_path):
     short = ["--max_train_steps", "4", "--model", "decoder_drop_path_rate=0.0"]
     run_here("train_maetok", *full_flags, *short, "--output_dir", tmp_path / "eager")
-    run_here("train_maetok", *full_flags, *short, "--torch_compile", "--output_dir", tmp_path / "compiled")
+    short += ["--torch_compile", "--gradient_checkpointing", "--gradient_checkpointing_share", "0.5"]
+    run_here("train_maetok", *full_flags, *short, "--output_dir", tmp_path / "compiled")
     for one, other in zip(entries(tmp_path / "eager"), entries(tmp_path / "compiled"), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
 

@@ -300,6 +300,7 @@ def test_every_flag_is_read(run_here, flags_of, full_recipe, tmp_path, hub):
         module.parse_arguments = parse_arguments
 
     short = ["--max_train_steps", "3", "--lr_scheduler", "cosine", "--push_to_hub"]
+    short += ["--gradient_checkpointing", "--gradient_checkpointing_share", "0.5"]
     for mode in MODES:
         run_here("train_sit", *flags_of(mode), *short, "--output_dir", tmp_path / mode, prepare=prepare)
     aligned = [

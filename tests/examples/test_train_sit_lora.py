@@ -355,6 +355,7 @@ def test_every_flag_is_read(run_here, flags, tmp_path, hub):
         module.parse_arguments = parse_arguments
 
     short = ["--max_train_steps", "3", "--lr_scheduler", "cosine", "--push_to_hub"]
+    short += ["--gradient_checkpointing", "--gradient_checkpointing_share", "0.5"]
     run_here("train_sit_lora", *flags, *short, "--output_dir", tmp_path / "out", prepare=prepare)
     fields = {field.name for cls in classes.values() for field in dataclasses.fields(cls)}
     assert fields - reads == set()
