@@ -215,7 +215,9 @@ def test_modulation_is_silu_then_linear():
 
 def test_only_the_latent_tokens_are_modulated():
     x, shift, scale = seeded_normal(2, 7, 4), seeded_normal(2, 3, 4, seed=1), seeded_normal(2, 3, 4, seed=2)
-    output = modulate_latents(x, shift, scale)
+    changed = x.clone()
+    output = modulate_latents(changed, shift, scale)
+    assert output is changed
     assert torch.equal(output[:, :4], x[:, :4])
     assert torch.equal(output[:, 4:], x[:, 4:] * scale + shift)
 

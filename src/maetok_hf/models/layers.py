@@ -234,18 +234,18 @@ class Modulation(nn.Module):
 
 def modulate_latents(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """
-    Scale and shift the trailing latent tokens of a sequence and leave the others alone.
+    Scale and shift the trailing latent tokens of a sequence in place: the others, the most, are not even copied.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): Tokens; the latents come last.
+            They are changed, so they must not be needed elsewhere: the output of a norm is not.
         shift, scale (`torch.Tensor` of shape `(batch_size, num_latent_tokens, dim)`): Applied as `x * scale + shift`.
 
     Returns:
-        `torch.Tensor`: Shape of `hidden_states`.
+        `torch.Tensor`: `hidden_states`.
     """
-    others = hidden_states.shape[1] - scale.shape[1]
-    latents = hidden_states[:, others:] * scale + shift
-    return torch.cat([hidden_states[:, :others], latents], dim=1)
+    hidden_states[:, hidden_states.shape[1] - scale.shape[1] :].mul_(scale).add_(shift)
+    return hidden_states
 
 
 class TransformerBlock(nn.Module):

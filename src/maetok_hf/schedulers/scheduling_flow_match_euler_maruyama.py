@@ -269,7 +269,7 @@ class FlowMatchEulerMaruyamaScheduler(SchedulerMixin, ConfigMixin):
         drift = on_velocity * model_output.to(state_dtype) + on_sample * sample
         prev_sample = sample + drift * dt
 
-        if t_next > 0:
+        if t_next.item() > 0:
             if noise is None:
                 noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=state_dtype)
             prev_sample = prev_sample + math.sqrt(-2 * t.item() * dt) * noise.to(sample.device, state_dtype)

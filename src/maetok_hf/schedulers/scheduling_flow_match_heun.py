@@ -49,8 +49,9 @@ class FlowMatchHeunScheduler(FlowMatchHeunDiscreteScheduler):
         # the parent's layout: every time but the first is visited twice, as a corrector and as a predictor
         visited = np.concatenate([times[:1], times[1:].repeat(2)])
         self.num_inference_steps = len(times)
-        self.sigmas = torch.from_numpy(np.append(visited, 0.0)).to(device=device, dtype=torch.float32)
-        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        # on the CPU: the parent compares them with numbers at every step, which would mean waiting for a device
+        self.sigmas = torch.from_numpy(np.append(visited, 0.0)).to(torch.float32)
+        self.timesteps = (self.sigmas[:-1] * self.config.num_train_timesteps).to(device)
         self.prev_derivative = None
         self.dt = None
         self._step_index = None
