@@ -141,7 +141,8 @@ def steps_near(targets: tuple[int, ...], high: float, offset: float) -> list[int
     Numbers of uniform steps in which guidance begins at a place of its own.
 
     Args:
-        targets (`tuple[int, ...]`): About how many; one is replaced by the best number from 0.6 to 1.5 times of it.
+        targets (`tuple[int, ...]`): About how many, at least 3; one is replaced by the best number from 0.6 to
+            1.5 times of it.
         high (`float`): Time at which guidance begins.
         offset (`float`): Part of a step from the beginning of the last step before it, in [0, 1).
 
@@ -155,7 +156,7 @@ def steps_near(targets: tuple[int, ...], high: float, offset: float) -> list[int
 
     found = set()
     for target in targets:
-        candidates = range(max(1, round(0.6 * target)), round(1.5 * target) + 1)
+        candidates = range(max(3, round(0.6 * target)), round(1.5 * target) + 1)
         found.add(min(candidates, key=lambda steps: (misfit(steps), abs(steps - target))))
     return sorted(found)
 

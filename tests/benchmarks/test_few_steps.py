@@ -57,6 +57,7 @@ def test_grids_are_those_of_the_numbers_that_fit():
     assert steps_near((4, 8, 12, 16, 20), 0.75, AT_A_STEP) == [4, 8, 12, 16, 20]
     assert steps_near((10, 14, 18, 50), 0.75, HALF_WAY) == [10, 14, 18, 50]
     assert steps_near((10, 30), 0.7, AT_A_STEP) == [10, 30]
+    assert steps_near((4, 8), 0.75, HALF_WAY) == [6]
     assert steps_near((250,), 0.75, HALF_WAY) == [250]
 
 
@@ -143,3 +144,15 @@ def test_pipelines_that_the_classifier_does_not_know_are_refused(tmp_path, capsy
 def test_the_committed_tables_are_those_of_the_committed_numbers(committed):
     text = (RESULTS / "few_steps.md").read_text(encoding="utf-8")
     assert text == few_steps.to_markdown(committed) + "\n"
+
+
+def test_the_committed_numbers_show_what_the_page_says_of_grids(committed):
+    parts = committed["trajectories"]
+    unipc, heun = (points_of(parts["half_way"], name) for name in ("unipc", "heun"))
+    at_a_step, restarted = (points_of(parts["at_a_step"], name) for name in ("unipc", "unipc-restarted"))
+    for what in ("latents", "pixels"):
+        assert unipc[18][what] < unipc[14][what] < at_a_step[16][what] / 2
+        assert restarted[16][what] == pytest.approx(unipc[14][what], rel=0.35)
+        assert heun[14][what] > unipc[14][what]
+    sets = committed["sets"]
+    assert points_of(sets["lines"], "unipc")[18]["distance"] < sets["floor"]
