@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 SOURCES := src tests examples benchmarks docs setup.py
 
-.PHONY: demo study study-generators docs screenshots test test-slow quality style clean
+.PHONY: bench demo study study-generators docs screenshots test test-slow quality style clean
 
 # The stamp is remade when the requirements change; an interrupted installation leaves none and is repeated.
 $(VENV)/installed: setup.py pyproject.toml
@@ -36,6 +36,11 @@ study-generators: $(VENV)/installed
 # The paper's comparison of latent spaces, with docs/study.md as the result: cells that have a record are not run again.
 study: $(VENV)/installed
 	$(BIN)/python examples/study_latents.py
+
+# The speed of everything on this machine, into benchmarks/results/suite.md: about an hour and a half on 2 CPU cores.
+# A part of it: .venv/bin/python -m benchmarks --groups tokenizer generators
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks
 
 # The pages of docs/ with the reference made from the docstrings; a link that leads nowhere is an error.
 docs: $(VENV)/installed

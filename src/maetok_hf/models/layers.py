@@ -329,10 +329,12 @@ class TransformerBlock(nn.Module):
         if self.modulation_type == "adaln_zero":
             terms = [term.unsqueeze(1) for term in self.modulation(conditioning)]  # (B, 1, dim) each
             shift1, scale1, gate1, shift2, scale2, gate2 = terms
-            normed = self.norm1(hidden_states) * (1 + scale1) + shift1
-            hidden_states = hidden_states + gate1 * self.drop_path(self.attn(normed, rotary_emb=rotary_emb))
-            normed = self.norm2(hidden_states) * (1 + scale2) + shift2
-            return hidden_states + gate2 * self.drop_path(self.ff(normed))
+            # one pass over the tokens where a product and a sum would be two
+            normed = torch.addcmul(shift1, self.norm1(hidden_states), 1 + scale1)
+            attended = self.drop_path(self.attn(normed, rotary_emb=rotary_emb))
+            hidden_states = torch.addcmul(hidden_states, gate1, attended)
+            normed = torch.addcmul(shift2, self.norm2(hidden_states), 1 + scale2)
+            return torch.addcmul(hidden_states, gate2, self.drop_path(self.ff(normed)))
 
         normed = self.norm1(hidden_states)
         if self.modulation_type == "latent":
