@@ -244,7 +244,10 @@ def modulate_latents(hidden_states: torch.Tensor, shift: torch.Tensor, scale: to
     Returns:
         `torch.Tensor`: `hidden_states`.
     """
-    hidden_states[:, hidden_states.shape[1] - scale.shape[1] :].mul_(scale).add_(shift)
+    others = hidden_states.shape[1] - scale.shape[1]
+    if torch.compiler.is_compiling():  # which fuses the copy, and may fail on changes in place (torch 2.14, freezing)
+        return torch.cat([hidden_states[:, :others], hidden_states[:, others:] * scale + shift], dim=1)
+    hidden_states[:, others:].mul_(scale).add_(shift)
     return hidden_states
 
 
