@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import nn
 
 
-# Keys in bfloat16 on a CPU: lengths between these that are no multiple take torch's attention up to 2.4 times as long,
+# Keys in bfloat16 on a CPU: some lengths between these take torch's attention 2.5 times as long as the next multiple,
 # those of the published encoder (385) among them; see benchmarks/results/attention.md
 _PADDED_KEYS = range(192, 512)
 _PADDED_MULTIPLE = 32

@@ -270,10 +270,10 @@ class ViTDecoder(nn.Module):
 
         conditioning = None if self.norm_modulation is None else latent
         image = slice(prefix, prefix + num_patches)
-        hidden_states = self.proj_out(self.norm(_run_blocks(self, hidden_states, conditioning, grid, prefix, image)))
+        hidden_states = self.norm(_run_blocks(self, hidden_states, conditioning, grid, prefix, image))
         if self.norm_modulation is not None and torch.is_grad_enabled():
             # it would touch the latent tokens only, which do not leave; checkpoints hold its weights, and distributed
             # training wants a (zero) gradient for every parameter
-            shift, scale = self.norm_modulation(latent[:1, :1])
-            hidden_states = hidden_states + 0 * (shift.mean() + scale.mean())
-        return hidden_states
+            shift, scale = self.norm_modulation(latent[:, :1])
+            hidden_states = hidden_states + 0 * (shift + scale)
+        return self.proj_out(hidden_states)
