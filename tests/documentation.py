@@ -98,6 +98,8 @@ def _check_launched(arguments: list[str]) -> None:
         name, *rest = arguments[arguments.index("-m") + 1 :]
         if name.startswith("benchmarks."):
             assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
+        elif name == "benchmarks":
+            importlib.import_module("benchmarks.__main__").parse(rest)
         else:
             _check_entry(next(entry for entry, module in console_entries().items() if module == name), rest)
         return
