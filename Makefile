@@ -37,7 +37,7 @@ study-generators: $(VENV)/installed
 study: $(VENV)/installed
 	$(BIN)/python examples/study_latents.py
 
-# The speed of everything on this machine, into benchmarks/results/suite.md: about an hour and a half on 2 CPU cores.
+# The speed of everything on this machine, into benchmarks/results/suite.md: hours on 2 CPU cores.
 # A part of it: .venv/bin/python -m benchmarks --groups tokenizer generators
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks

@@ -1,6 +1,6 @@
 """Speed of everything: encoding, decoding, training, generating, loading; and two results side by side.
 
-    python -m benchmarks                                  everything: about an hour and a half on two CPU cores
+    python -m benchmarks                                  everything: hours on two CPU cores
     python -m benchmarks --groups tokenizer generators    some groups, the others' records stay
     python -m benchmarks --list                           the groups and their cases
     python -m benchmarks --compare a.json b.json          ratios of two results
