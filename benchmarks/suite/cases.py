@@ -46,12 +46,10 @@ class Settings:
         return module.eval().requires_grad_(False)
 
     def compile(self, *modules: nn.Module) -> None:
-        """Compile modules for inference in the way that docs/performance.md recommends for the device."""
+        """Compile modules for inference, in place; on a CPU with weights as constants (docs/performance.md)."""
+        options = {"freezing": True} if self.device == "cpu" else None
         for module in modules:
-            if self.device == "cpu":
-                module.compile(fullgraph=True, options={"freezing": True})
-            else:
-                module.compile(fullgraph=True, mode="max-autotune-no-cudagraphs")
+            module.compile(fullgraph=True, options=options)
 
 
 @dataclass
@@ -64,7 +62,6 @@ class Work:
         images (`int`): Images of a call.
         compile (`Callable[[], None]`, *optional*): Compiles what `run` uses, in place. Without it the case has no
             compiled mode.
-        flops (`int`, *optional*): Operations of a call, where counting one call would take too long.
         counted (`bool`, *optional*, defaults to `True`): Whether operations are counted by running one call.
         rival (`Callable[[], Any]`, *optional*): The same by the naive form, timed in turn with `run`.
         warm (`Callable[[], Any]`, *optional*): A shorter call that warms up in the place of `run`.
@@ -73,7 +70,6 @@ class Work:
     run: Callable[[], Any]
     images: int
     compile: Callable[[], None] | None = None
-    flops: int | None = None
     counted: bool = True
     rival: Callable[[], Any] | None = None
     warm: Callable[[], Any] | None = None

@@ -73,6 +73,8 @@ def group_lines(name: str, records: Sequence[dict[str, Any]], cases: Iterable[Ca
 def startup_lines(report: dict[str, Any]) -> list[str]:
     """The section of what comes before the steady state."""
     lines = ["## Start", ""]
+    if not any(report.get(name) for name in ("imports", "first_images", "processes")):
+        return [*lines, "Not measured.", ""]
     if imports := report.get("imports"):
         rows = [[name, number(seconds)] for name, seconds in imports.items()]
         lines += ["Seconds of an import in a new process, what it imports itself included:", ""]

@@ -19,8 +19,8 @@ def run_case(case: Case, settings: Settings, num_threads: int, effort: Effort) -
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     work = case.build(settings)
-    flops = work.flops
-    if flops is None and work.counted:
+    flops = None
+    if work.counted:
         # products of matrices, attention and convolutions, a multiply-add being two operations
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             work.run()
