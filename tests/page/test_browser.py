@@ -327,7 +327,9 @@ def test_the_server_ends_cleanly_in_the_middle_of_a_run_and_leaves_nothing(numbe
     assert not folder.exists()
     text = "\n".join(server.lines)
     assert "Traceback" not in text and "Warning" not in text, text
-    assert [line for line in server.lines if line] == [
+    lines = [line for line in server.lines if line]
+    # What stands before the first line is what packages say at their import, as diffusers does beside some torchao.
+    assert lines[lines.index("Loading the pipelines ...") :] == [
         "Loading the pipelines ...",
         f"The page is at {server.url} (Ctrl-C ends it).",
         *(["Ended."] if code == 0 else []),
