@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from .machine import RESULTS, machine, write_results
 from .suite import data, inference, rivals, sampling, startup, training
-from .suite.cases import DEVICES, DTYPES, MODES, Case, Settings
+from .suite.cases import DEVICES, DTYPES, MODES, Case, all_settings
 from .suite.report import compare, to_markdown
 from .suite.running import available_devices, measure, merge
 from .suite.timing import Effort
@@ -121,16 +122,11 @@ def run(args: argparse.Namespace) -> bool:
     if STARTUP in args.groups and not args.match:
         report["imports"] = startup.import_seconds()
         report["first_images"] = []
-        for device in args.devices:
-            for dtype in args.dtypes:
-                for mode in args.modes:
-                    found = startup.first_image(Settings(device, dtype, mode))
-                    name = f"SiT-B, {startup.STEPS} steps, one image, default guidance"
-                    report["first_images"].append(
-                        {"case": name, "device": device, "dtype": dtype, "mode": mode} | found
-                    )
-                    write(args, report)
-                    print(f"startup: {device}, {dtype}, {mode}: {found}", flush=True)
+        for settings in all_settings(args.devices, args.dtypes, args.modes):
+            record = {"case": f"SiT-B, {startup.STEPS} steps, one image, default guidance"} | asdict(settings)
+            report["first_images"].append(record | startup.first_image(settings))
+            write(args, report)
+            print(f"startup: {report['first_images'][-1]}", flush=True)
     if PROCESSES in args.groups and not args.match and "cpu" in args.devices:
         report["processes"] = {str(count): data.encoding_rate(count) for count in NUM_PROCESSES}
         write(args, report)

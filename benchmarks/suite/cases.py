@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 
 
-MODES = ("eager", "compiled")
+CUDA_GRAPHS = "cuda-graphs"
+MODES = ("eager", "compiled", CUDA_GRAPHS)
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
 
@@ -21,7 +23,7 @@ class Settings:
     Args:
         device (`str`): `"cpu"` or `"cuda"`.
         dtype (`str`): Type of weights and activations; in training, that of autocast over float32 weights.
-        mode (`str`): `"eager"` or `"compiled"`.
+        mode (`str`): `"eager"`, `"compiled"`, or `"cuda-graphs"`: compiled, and replayed as CUDA graphs.
     """
 
     device: str
@@ -47,9 +49,11 @@ class Settings:
 
     def compile(self, *modules: nn.Module) -> None:
         """Compile modules for inference, in place; on a CPU with weights as constants (docs/performance.md)."""
-        options = {"freezing": True} if self.device == "cpu" else None
+        if self.device == "cpu":
+            inductor_config.freezing = True  # in `options` it would not reach Dynamo, and nothing would be frozen
+        mode = "reduce-overhead" if self.mode == CUDA_GRAPHS else None
         for module in modules:
-            module.compile(fullgraph=True, options=options)
+            module.compile(fullgraph=True, mode=mode)
 
 
 @dataclass
@@ -85,7 +89,7 @@ class Case:
         name (`str`): What it is, with its sizes.
         build (`Callable[[Settings], Work]`): Makes it.
         dtypes, modes, devices (`Sequence[str]`): Where it makes sense. On other devices of the suite it is "not
-            measured".
+            measured". CUDA graphs are of CUDA only.
     """
 
     group: str
@@ -97,13 +101,22 @@ class Case:
 
     def settings(self, devices: Sequence[str], dtypes: Sequence[str], modes: Sequence[str]) -> list[Settings]:
         """All settings of a selection under which it is measured."""
-        return [
-            Settings(device, dtype, mode)
-            for device in self.devices
-            for dtype in self.dtypes
-            for mode in self.modes
-            if device in devices and dtype in dtypes and mode in modes
-        ]
+        return all_settings(
+            [device for device in self.devices if device in devices],
+            [dtype for dtype in self.dtypes if dtype in dtypes],
+            [mode for mode in self.modes if mode in modes],
+        )
+
+
+def all_settings(devices: Sequence[str], dtypes: Sequence[str], modes: Sequence[str]) -> list[Settings]:
+    """Every combination that exists."""
+    return [
+        Settings(device, dtype, mode)
+        for device in devices
+        for dtype in dtypes
+        for mode in modes
+        if mode != CUDA_GRAPHS or device == "cuda"
+    ]
 
 
 def key_of(record: dict[str, Any]) -> str:

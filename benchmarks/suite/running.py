@@ -25,7 +25,7 @@ def run_case(case: Case, settings: Settings, num_threads: int, effort: Effort) -
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             work.run()
         flops = counter.get_total_flops()
-    if settings.mode == "compiled":
+    if settings.mode != "eager":
         assert work.compile is not None, f"{case.name} has no compiled mode"
         work.compile()
     timed = time_work(work, flops, settings.torch_device, settings.torch_dtype, effort)

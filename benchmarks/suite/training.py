@@ -46,6 +46,7 @@ CASES = [
             f"tokenizer, ViT-B, 256 x 256, {losses}, batch {batch}",
             partial(tokenizer_step, losses=losses, batch_size=batch),
             dtypes=("bfloat16",),  # as it is trained
+            modes=("eager", "compiled"),
             devices=(device,),
         )
         for losses in LOSSES
@@ -57,6 +58,7 @@ CASES = [
             f"{size} on cached latents, batch {batch}",
             partial(generator_step, size=size, batch_size=batch),
             dtypes=("bfloat16",),
+            modes=("eager", "compiled"),
             devices=(device,),
         )
         for device, size, batch in (("cpu", "SiT-B", 8), ("cuda", "SiT-B", 256), ("cuda", "SiT-XL", 64))

@@ -7,10 +7,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
 
 import benchmarks.__main__ as suite
 from benchmarks.suite import timing
-from benchmarks.suite.cases import Case, Settings, Work, key_of
+from benchmarks.suite.cases import Case, Settings, Work, all_settings, key_of
 from benchmarks.suite.models import fill, transformer
 from benchmarks.suite.report import compare, to_markdown
 from benchmarks.suite.running import identity, measure, merge, run_case
@@ -120,6 +121,23 @@ def test_placing_casts_all_but_frequencies():
     placed = Settings("cpu", "bfloat16", "eager").place(model)
     assert placed.freqs.dtype == torch.float32 and placed.linear.weight.dtype == torch.bfloat16
     assert not placed.training and not placed.linear.weight.requires_grad
+
+
+@pytest.mark.slow  # compiles
+def test_compiled_on_a_cpu_matrices_are_constants():
+    model = SETTINGS.place(fill(tiny_transformer()))
+    config = model.config
+    inputs = (torch.ones(2, config.sample_size, config.in_channels), torch.rand(2), torch.zeros(2, dtype=torch.long))
+    with inductor_config.patch(freezing=False), torch.no_grad():
+        Settings("cpu", "float32", "compiled").compile(model)
+        before = model(*inputs).sample
+        assert before.abs().max() > 0
+        model.proj_out.weight.zero_()
+        torch.testing.assert_close(model(*inputs).sample, before)
+
+
+def test_cuda_graphs_are_a_mode_of_cuda_only():
+    assert all_settings(["cpu", "cuda"], ["float32"], ["cuda-graphs"]) == [Settings("cuda", "float32", "cuda-graphs")]
 
 
 def failing(settings):
