@@ -1,5 +1,7 @@
 """Compiled pipelines: one graph for a whole run, whatever the guidance does, and two for batches of any size."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -18,6 +20,20 @@ METHODS = {
 def sample(pipe, count, **settings):
     settings = {"num_inference_steps": 4, "guidance_scale": 1.9, "guidance_interval": (0.0, 0.75)} | settings
     return pipe(LABELS[:count], generator=generators(*range(count)), output_type="pt", **settings).images
+
+
+@pytest.mark.parametrize("compiled", ["no", "in place", "wrapped", "blocks"])
+def test_every_step_begins_a_step_of_cuda_graphs_if_something_is_compiled(compiled):
+    pipe = tiny_pipeline()
+    if compiled == "in place":
+        pipe.transformer.compile(backend="eager")
+    elif compiled == "wrapped":
+        pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    elif compiled == "blocks":
+        pipe.transformer.compile_repeated_blocks(backend="eager")
+    with patch.object(torch.compiler, "cudagraph_mark_step_begin") as mark:
+        sample(pipe, 2, num_inference_steps=3)
+    assert mark.call_count == (0 if compiled == "no" else 3)
 
 
 def compile_all(pipe, **options):

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.utils.torch_utils import is_compiled_module, randn_tensor
 
 from ..models.autoencoder_mae import AutoencoderMAE
 from ..models.latents import check_latent_statistics, denormalize_latents
@@ -53,6 +53,15 @@ def _evaluation_mode(*models: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _is_compiled(*models: torch.nn.Module) -> bool:
+    """Whether models, or blocks of them, go through `torch.compile`."""
+    return any(
+        is_compiled_module(module) or module._compiled_call_impl is not None
+        for model in models
+        for module in model.modules()
+    )
 
 
 class MAETokDiffusionPipeline(ModelCardMixin, DiffusionPipeline):
@@ -525,11 +534,15 @@ class MAETokDiffusionPipeline(ModelCardMixin, DiffusionPipeline):
 
         # 3. Integrate from noise to data
         models = [model for model in (self.transformer, self.guidance_transformer) if model is not None]
+        compiled = _is_compiled(*models)
         with _evaluation_mode(*models), self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
+                if compiled:
+                    # CUDA graphs may reuse the memory of a pass from here on, and not before the step's second pass
+                    torch.compiler.cudagraph_mark_step_begin()
                 # Heun's corrector belongs to the step that its predictor began
                 corrector = self.scheduler.order == 2 and not self.scheduler.state_in_first_order
                 inside = is_inside(times[i - 1 if corrector else i], guidance_interval)
