@@ -23,7 +23,7 @@ import torch
 
 from .machine import RESULTS, machine, write_results
 from .suite import data, inference, rivals, sampling, startup, training
-from .suite.cases import DEVICES, DTYPES, MODES, Case, all_settings
+from .suite.cases import DEVICES, DTYPES, MODES, USUAL_MODES, Case, all_settings
 from .suite.report import compare, to_markdown
 from .suite.running import available_devices, measure, merge
 from .suite.timing import Effort
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> bool:
     if STARTUP in args.groups and not args.match:
         report["imports"] = startup.import_seconds()
         report["first_images"] = []
-        for settings in all_settings(args.devices, args.dtypes, args.modes):
+        for settings in all_settings(args.devices, args.dtypes, [mode for mode in USUAL_MODES if mode in args.modes]):
             record = {"case": f"SiT-B, {startup.STEPS} steps, one image, default guidance"} | asdict(settings)
             report["first_images"].append(record | startup.first_image(settings))
             write(args, report)

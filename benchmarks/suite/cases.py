@@ -9,8 +9,10 @@ from torch import nn
 from torch._inductor import config as inductor_config
 
 
-CUDA_GRAPHS = "cuda-graphs"
-MODES = ("eager", "compiled", CUDA_GRAPHS)
+MAX_AUTOTUNE, CUDA_GRAPHS = "max-autotune", "cuda-graphs"
+COMPILE_MODES = {"compiled": None, MAX_AUTOTUNE: "max-autotune-no-cudagraphs", CUDA_GRAPHS: "reduce-overhead"}
+MODES = ("eager", *COMPILE_MODES)
+USUAL_MODES = ("eager", "compiled", CUDA_GRAPHS)  # max-autotune takes minutes to compile
 DTYPES = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
 
@@ -23,7 +25,8 @@ class Settings:
     Args:
         device (`str`): `"cpu"` or `"cuda"`.
         dtype (`str`): Type of weights and activations; in training, that of autocast over float32 weights.
-        mode (`str`): `"eager"`, `"compiled"`, or `"cuda-graphs"`: compiled, and replayed as CUDA graphs.
+        mode (`str`): `"eager"`, `"compiled"`, `"max-autotune"`, for which the compiler tries kernels of its own for
+            every product, or `"cuda-graphs"`: compiled, and replayed as CUDA graphs.
     """
 
     device: str
@@ -51,9 +54,8 @@ class Settings:
         """Compile modules for inference, in place; on a CPU with weights as constants (docs/performance.md)."""
         if self.device == "cpu":
             inductor_config.freezing = True  # in `options` it would not reach Dynamo, and nothing would be frozen
-        mode = "reduce-overhead" if self.mode == CUDA_GRAPHS else None
         for module in modules:
-            module.compile(fullgraph=True, mode=mode)
+            module.compile(fullgraph=True, mode=COMPILE_MODES[self.mode])
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Case:
     name: str
     build: Callable[[Settings], Work]
     dtypes: Sequence[str] = DTYPES
-    modes: Sequence[str] = MODES
+    modes: Sequence[str] = USUAL_MODES
     devices: Sequence[str] = DEVICES
 
     def settings(self, devices: Sequence[str], dtypes: Sequence[str], modes: Sequence[str]) -> list[Settings]:

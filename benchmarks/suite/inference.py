@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from .cases import Case, Settings, Work
+from .cases import MODES, Case, Settings, Work
 from .models import NUM_CHANNELS, NUM_TOKENS, images, tokenizer, transformer, transformer_inputs
 
 
@@ -51,14 +51,16 @@ EAGER = ("eager",)
 
 TOKENIZER = [
     *(
-        Case("tokenizer", f"{name}, ViT-B, 256 x 256, batch {batch}", partial(build, batch_size=batch), devices=where)
+        Case("tokenizer", f"{name}, ViT-B, 256 x 256, batch {batch}", partial(build, batch_size=batch), modes=MODES,
+             devices=where)
         for name, build in (("encode", encode), ("decode", decode), ("encode + decode", reconstruct))
         for batch, where in ((4, CPU), (1, CUDA), (8, CUDA), (64, CUDA), (256, CUDA))
     ),
-]
+]  # fmt: skip
 
 GENERATORS = [
-    Case("generators", f"{size}, batch {batch}", partial(velocity, size=size, batch_size=batch), devices=where)
+    Case("generators", f"{size}, batch {batch}", partial(velocity, size=size, batch_size=batch), modes=MODES,
+         devices=where)
     for size, batches in {
         "SiT-B": (2, 8),
         "SiT-L": (2, 8),
@@ -68,7 +70,7 @@ GENERATORS = [
         "USiT-2B": (),
     }.items()
     for batch, where in (*((batch, CPU) for batch in batches), *((batch, CUDA) for batch in (1, 8, 64, 256)))
-]
+]  # fmt: skip
 
 # curves: eager, since compiling every point would take longer than what it shows
 SCALING = [

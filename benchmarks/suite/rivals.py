@@ -7,7 +7,7 @@ import torch
 from maetok_hf.seeding import keyed_generator
 
 from ..baseline import NaiveSiT, NaiveTokenizer
-from .cases import Case, Settings, Work
+from .cases import MODES, Case, Settings, Work
 from .models import images, pipeline, tokenizer, transformer, transformer_inputs
 
 
@@ -74,11 +74,12 @@ def guided_sampling(settings: Settings, size: str, batch_size: int) -> Work:
 
 CPU, CUDA = ("cpu",), ("cuda",)
 CASES = [
-    Case("against the naive form", f"{name}, batch {batch}", partial(build, batch_size=batch), devices=where)
+    Case("against the naive form", f"{name}, batch {batch}", partial(build, batch_size=batch), modes=MODES,
+         devices=where)
     for name, build, cpu_batch in (
         ("encode + decode, ViT-B, 256 x 256", reconstruct, 4),
         ("SiT-L", partial(velocity, size="SiT-L"), 2),
         (f"guided sampling, SiT-B, SDE, {STEPS} steps; naive in float32", partial(guided_sampling, size="SiT-B"), 2),
     )
     for batch, where in ((cpu_batch, CPU), (64, CUDA))
-]
+]  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .cases import DTYPES, MODES, Case, Settings, Work
+from .cases import DTYPES, USUAL_MODES, Case, Settings, Work
 from .models import pipeline
 
 
@@ -50,7 +50,7 @@ CASES = [
     )
     for device, size, weak, batches, dtypes, modes in (
         ("cpu", "SiT-B", "SiT-S", (1,), ("bfloat16",), ("eager",)),
-        ("cuda", "SiT-XL", "SiT-B", (1, 8, 64, 256), DTYPES, MODES),
+        ("cuda", "SiT-XL", "SiT-B", (1, 8, 64, 256), DTYPES, USUAL_MODES),
     )
     for batch in batches
     for scheme in SCHEMES
