@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from .machine import RESULTS, machine, write_results
+from .machine import RESULTS, ROOT, machine, write_results
 from .suite import data, inference, rivals, sampling, startup, training
 from .suite.cases import DEVICES, DTYPES, MODES, USUAL_MODES, Case, all_settings
+from .suite.curves import draw
 from .suite.report import compare, to_markdown
 from .suite.running import available_devices, measure, merge
 from .suite.timing import Effort
@@ -40,6 +41,7 @@ CASES: list[Case] = [
 ]
 STARTUP, PROCESSES = "startup", "processes"
 GROUPS = [*dict.fromkeys(case.group for case in CASES), STARTUP, PROCESSES]
+PICTURES = ROOT / "docs" / "images"
 # a run of hundreds of passes repeats itself
 EFFORTS = {"sampling": Effort(min_rounds=1, max_rounds=3, warmup_seconds=0.0)}
 NUM_PROCESSES = (1, 2)
@@ -59,6 +61,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=RESULTS / "suite.json", help="The result, beside which its tables are written."
     )
+    parser.add_argument("--picture_dir", type=Path, default=PICTURES, help="Where the scaling curves are drawn.")
     parser.add_argument("--list", action="store_true", help="Name the cases and end.")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="Compare two results and end.")
     args = parser.parse_args(words)
@@ -144,6 +147,8 @@ def main() -> int:
                 print(f"{case.group}: {case.name} ({', '.join(case.devices)})")
             return 0
         worked = run(args)
+        for device in args.devices:
+            draw(read(args.output), CASES, device, args.picture_dir / f"scaling-{device}.png")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -92,6 +92,8 @@ class Case:
         build (`Callable[[Settings], Work]`): Makes it.
         dtypes, modes, devices (`Sequence[str]`): Where it makes sense. On other devices of the suite it is "not
             measured". CUDA graphs are of CUDA only.
+        point (`float`, *optional*): Where it lies on the curve of its group, if that is one.
+        curve (`str`, *optional*): What is the same on this curve.
     """
 
     group: str
@@ -100,6 +102,8 @@ class Case:
     dtypes: Sequence[str] = DTYPES
     modes: Sequence[str] = USUAL_MODES
     devices: Sequence[str] = DEVICES
+    point: float | None = None
+    curve: str = ""
 
     def settings(self, devices: Sequence[str], dtypes: Sequence[str], modes: Sequence[str]) -> list[Settings]:
         """All settings of a selection under which it is measured."""

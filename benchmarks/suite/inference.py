@@ -76,16 +76,17 @@ GENERATORS = [
 SCALING = [
     *(
         Case("tokens", f"SiT-B, {n} tokens, batch 2", partial(velocity, size="SiT-B", batch_size=2, num_tokens=n),
-             modes=EAGER)
+             modes=EAGER, point=n, curve="SiT-B, batch 2")
         for n in (32, 64, 128, 256, 512, 1024)
     ),
     *(
-        Case("batch", f"SiT-B, batch {n}", partial(velocity, size="SiT-B", batch_size=n), modes=EAGER)
+        Case("batch", f"SiT-B, batch {n}", partial(velocity, size="SiT-B", batch_size=n), modes=EAGER, point=n,
+             curve=f"SiT-B, {NUM_TOKENS} tokens")
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)
     ),
     *(
         Case("image size", f"encode, ViT-B, {n} x {n}, batch 1", partial(encode, batch_size=1, resolution=n),
-             modes=EAGER)
+             modes=EAGER, point=n, curve="encoding, ViT-B, batch 1")
         for n in (256, 512, 768, 1024)
     ),
 ]  # fmt: skip
