@@ -1,0 +1,47 @@
+"""What a block could reach: its operations, and shares formed within rounds."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import roofline
+from benchmarks.suite.timing import MATMUL_FLOPS
+from maetok_hf.models.layers import TransformerBlock
+
+
+SMALL = roofline.Block("small", 2, 16, 2, "none", head_dim=8)
+
+
+def test_operations_are_those_of_a_block():
+    block = TransformerBlock(SMALL.width, SMALL.heads, SMALL.head_dim, 4.0, layer_scale_init_value=0.1)
+    tokens = torch.zeros(SMALL.batch_size, SMALL.tokens, SMALL.width)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        block(tokens)
+    assert sum(SMALL.flops().values()) == counter.get_total_flops()
+
+
+def test_shares_are_those_of_the_products_of_the_same_round():
+    parts = {name: lambda: None for name in SMALL.flops()}
+    # of a round: the product, the parts, the product again; the first round does not count
+    seconds = iter([9.0] * 6 + [1.0, 1.0, 1.0, 1.0, 1.0, 3.0])
+    with (
+        patch.object(roofline, "parts_of", lambda block, dtype: parts),
+        patch.object(roofline, "seconds_of", lambda work, device: next(seconds)),
+    ):
+        found = roofline.measure(SMALL, torch.float32, num_rounds=1)
+    total = sum(SMALL.flops().values())
+    assert found["share"]["median"] == pytest.approx(total / 4 * 2 / MATMUL_FLOPS)
+    facts = {"processors": 2, "architecture": "x", "accelerators": [], "python": "3", "packages": {}}
+    report = {"command": "c", "num_rounds": 1, "num_threads": 1, "machine": facts}
+    text = roofline.to_markdown(report | {"rows": [{"block": "small", "dtype": "float32", **found}]})
+    assert "| small | float32 | 1000.00 ms" in text
+
+
+@pytest.mark.slow  # compiles
+def test_every_part_has_the_shape_of_its_operations():
+    with torch.no_grad():
+        shapes = [tuple(call().shape) for call in roofline.parts_of(SMALL, torch.float32).values()]
+    assert shapes == [(32, 16), (32, 64), (32, 16), (2, 2, 16, 8)]
