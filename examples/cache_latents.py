@@ -11,6 +11,9 @@ Any autoencoder of diffusers for images will do, here one of 32 x 32 tokens of 4
     accelerate launch examples/cache_latents.py --tokenizer_name_or_path stabilityai/sd-vae-ft-ema \
         --dataset_name path/to/folder --output_dir outputs/latents-vae
 
+With `--alignment_model facebook/dinov2-base` the features that a generator is aligned with (REPA) are stored, too:
+504 GB more for ImageNet, and no teacher in the training.
+
 Each file holds the latents of a fixed range of images and is written by one process: whole, or not at all. A run that
 was stopped or killed continues with the same command, on any number of processes, and the files are the same. Nothing
 waits in a collective: a process that has written its files ends, and the first one completes the folder when the files
@@ -22,7 +25,6 @@ The result is read by `open_latents` and `StreamingLatents` of `maetok_hf.data`,
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -69,6 +71,7 @@ from maetok_hf.training.latent_encoding import (
 from maetok_hf.training.latent_statistics import LatentStatistics, summarize_statistics
 from maetok_hf.training.model_card import public_name
 from maetok_hf.training.resumption import check_identity
+from maetok_hf.training.token_features import TokenFeatureEncoder, load_cached_teacher, teacher_identity
 
 
 logger = logging.getLogger("maetok_hf.cache_latents")
@@ -139,6 +142,13 @@ class LatentCaching:
         tokenizer = load_tokenizer(*address, self.tokenizer_commit)
         self.encoder_digest = encoder_digest(tokenizer)
         self.tokenizer = tokenizer.to(self.state.device)
+        self.teacher, self.alignment = None, None
+        if options.alignment_model is not None:
+            teacher = load_cached_teacher(
+                options.alignment_model, options.alignment_dtype, tokenizer, options.resolution
+            )
+            self.alignment = teacher_identity(teacher, options.alignment_model)
+            self.teacher = teacher.to(self.state.device)
         self.source = open_images(
             options.dataset_name,
             split=options.split,
@@ -165,6 +175,7 @@ class LatentCaching:
             split=options.split,
             rows_per_shard=options.rows_per_shard,
             class_names=self.source.columns.class_names,
+            feature_dim=None if self.teacher is None else self.teacher.feature_dim,
         )
         return layout, list(latents.shape[2:]) if latents.ndim == 4 else None
 
@@ -177,8 +188,10 @@ class LatentCaching:
             "resolution": self.options.resolution,
             "mixed_precision": self.options.mixed_precision,
             "batch_size": self.options.batch_size,
-            "layout": dataclasses.asdict(self.layout),
+            "layout": self.layout.settings(),
         }
+        if self.alignment is not None:
+            settings["alignment"] = self.alignment
         text = json.dumps(settings, sort_keys=True)
         if self.state.is_main_process and not path.is_file():
             write_json(path, settings)
@@ -226,15 +239,24 @@ class LatentCaching:
             ranges=[layout.rows(shard) for shard in missing],
         )
         encoder = ViewEncoder(self.tokenizer, layout.num_views, layout.dtype, options.mixed_precision)
+        features = None
+        if self.teacher is not None:
+            features = TokenFeatureEncoder(self.teacher, layout.num_views, layout.num_tokens)
         loader = images.dataloader(options.dataloader_num_workers)
         for number, batches in itertools.groupby(loader, key=lambda batch: batch["range"]):
             start = time.monotonic()
             with ShardWriter(self.folder, layout, missing[number], self.settings) as writer:
-                self.encode_shard(writer, batches, encoder)
+                self.encode_shard(writer, batches, encoder, features)
             rate = writer.num_rows / (time.monotonic() - start)
             logger.info("%s, %d of %d here, %.0f images/s", writer.path.name, number + 1, len(missing), rate)
 
-    def encode_shard(self, writer: ShardWriter, batches: Iterable[dict[str, Any]], encoder: ViewEncoder) -> None:
+    def encode_shard(
+        self,
+        writer: ShardWriter,
+        batches: Iterable[dict[str, Any]],
+        encoder: ViewEncoder,
+        features: TokenFeatureEncoder | None,
+    ) -> None:
         """Encode the batches of one shard into its file, with what is to be known of them."""
         statistics, squared_error = LatentStatistics(self.layout.num_channels), 0.0
         counts, left_out, num_unlabeled = torch.zeros(len(COUNT_NAMES), dtype=torch.int64), [], 0
@@ -244,8 +266,12 @@ class LatentCaching:
             if len(batch["indices"]) == 0:
                 continue
             labels = batch.get("class_labels", torch.full_like(batch["indices"], -1))
-            latents, error = encoder(to_pixel_values(batch["images"], self.state.device))
-            writer.add(latents.numpy(), labels.numpy(), batch["indices"].numpy())
+            images = to_pixel_values(batch["images"], self.state.device)
+            latents, error = encoder(images)
+            columns = [latents, labels, batch["indices"]]
+            if features is not None:
+                columns.append(features(images))
+            writer.add(*(column.numpy() for column in columns))
             statistics.update(latents.flatten(0, 1))
             squared_error += error
             num_unlabeled += int((labels < 0).sum())
@@ -289,7 +315,7 @@ class LatentCaching:
         num_values = metadata["num_rows"] * self.layout.num_views * self.layout.num_tokens * self.layout.num_channels
         error = math.sqrt(math.fsum(shard["squared_error"] for shard in shards) / num_values)
         counts = [sum(column) for column in zip(*(shard["counts"] for shard in shards), strict=True)]
-        return {
+        described = {
             "format_version": FORMAT_VERSION,
             "tokenizer": {
                 "class": type(self.tokenizer).__name__,
@@ -309,7 +335,14 @@ class LatentCaching:
             "statistics": statistics,
             "rounding": error / statistics["scalar"]["latents_std"],
             "counts": dict(zip(COUNT_NAMES, counts, strict=True)),
-        } | metadata
+        }
+        if self.teacher is not None:
+            num_patches = (options.resolution // self.teacher.patch_size) ** 2
+            described["alignment"] = self.alignment | {
+                "patches_per_token": num_patches // self.layout.num_tokens,
+                "num_bytes": metadata["num_rows"] * self.layout.feature_bytes,
+            }
+        return described | metadata
 
 
 def main():

@@ -6,6 +6,8 @@ On latents that examples/cache_latents.py has written, 8 processes:
         --tokenizer_name_or_path outputs/maetok-b-128-decoder --latents_name_or_path outputs/latents \
         --output_dir outputs/sit-xl --mixed_precision bf16 --validation_steps 10000
 
+A recipe with an alignment (sit-l-256-repa) takes its features from latents that were cached with `--alignment_model`.
+
 On images, each batch encoded when it is needed (ImageNet is gated: log in first):
 
     accelerate launch --num_processes 8 examples/train_sit.py --recipe sit-xl-256 \
@@ -65,6 +67,7 @@ from maetok_hf.training.run import TrainingRun
 from maetok_hf.training.run_options import SiTRunOptions
 from maetok_hf.training.sharding import configure_deepspeed, whole_copy
 from maetok_hf.training.sit_recipe import SiTRecipe
+from maetok_hf.training.token_features import check_cached_features
 from maetok_hf.training.validation import image_grid, write_png
 
 
@@ -102,11 +105,6 @@ def open_data(recipe: SiTRecipe, options: SiTRunOptions, run: TrainingRun, token
         "require_labels": True,
     }
     if options.latents_name_or_path is not None:
-        if recipe.needs_images:
-            raise ValueError(
-                f"`alignment_weight` = {recipe.alignment_weight} needs the images, which cached latents do not have: "
-                "give `dataset_name` instead of `latents_name_or_path`, or set it to 0."
-            )
         latents = open_latents(options.latents_name_or_path)
         check_same_encoder(tokenizer, latents.metadata)
         if latents.metadata["resolution"] != recipe.resolution:
@@ -114,8 +112,11 @@ def open_data(recipe: SiTRecipe, options: SiTRunOptions, run: TrainingRun, token
                 f"`resolution` is {recipe.resolution}, but {latents.description} are of images of "
                 f"{latents.metadata['resolution']} pixels: choose the recipe for these, or other latents."
             )
+        aligned = recipe.alignment_weight > 0
+        if aligned:
+            check_cached_features(latents.metadata, recipe, options.tokenizer_name_or_path, latents.description)
         statistics = {name: tokenizer.config[name] for name in ("latents_mean", "latents_std")}
-        return StreamingLatents(latents, **statistics, **settings)
+        return StreamingLatents(latents, **statistics, **settings, with_features=aligned)
     images = open_images(
         options.dataset_name,
         split=options.train_split,
@@ -180,7 +181,13 @@ class GeneratorTraining:
             # Without the new temperature embedding: the last bits of what is drawn may differ between processors.
             self.given_digest = model_digest(self.transformer, exclude="temperature_embed")
             self.id2label = same_classes(options.pretrained_model_name_or_path, self.id2label)
-        objective = make_flow_objective(recipe, self.transformer, self.tokenizer.config.patch_size, options.seed)
+        objective = make_flow_objective(
+            recipe,
+            self.transformer,
+            self.tokenizer.config.patch_size,
+            options.seed,
+            self.stream.source.feature_dim if isinstance(self.stream, StreamingLatents) else None,
+        )
         self.alignment = objective.alignment
         if options.gradient_checkpointing:
             enable_gradient_checkpointing(self.transformer, options.gradient_checkpointing_share)
@@ -197,7 +204,7 @@ class GeneratorTraining:
         source = self.stream.source
         first_step = self.run.begin(
             {
-                "data": source.identity if isinstance(source, LatentSource) else data_identity(source),
+                "data": self.stream.identity if isinstance(source, LatentSource) else data_identity(source),
                 "tokenizer": self.tokenizer_digest,
                 "given_transformer": self.given_digest,
                 "micro_batch_size": self.stream.batch_size,
@@ -296,10 +303,10 @@ class GeneratorTraining:
             with self.accelerator.autocast():
                 latents = encode_tokens(self.tokenizer, pixel_values)
             inputs["latents"] = normalize_latents(latents.float(), self.tokenizer.config)
-            if self.recipe.needs_images:
+            if self.alignment is not None:
                 inputs["pixel_values"] = pixel_values
         else:
-            inputs["latents"] = batch["latents"]
+            inputs |= {name: batch[name] for name in ("latents", "token_features") if name in batch}
         return {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
 
     def examine(self, done: int, saved: bool) -> None:

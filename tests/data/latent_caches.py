@@ -17,6 +17,12 @@ def values(rows, num_views=2, dtype="float16"):
     return np.stack([plain, -1 - plain][:num_views]).astype(dtype)
 
 
+def features(rows, num_views=2, feature_dim=5):
+    """Features of rows: float16 of shape (num_views, n, 2, feature_dim), all different below row 256."""
+    plain = np.asarray(rows, dtype="float16")[:, None, None] + np.arange(2 * feature_dim).reshape(2, -1) / 16
+    return np.stack([plain, -2 - plain][:num_views]).astype("float16")
+
+
 def labels(rows, unlabeled=()):
     return np.array([-1 if row in unlabeled else row % 3 for row in rows], dtype=np.int64)
 
@@ -26,7 +32,10 @@ def write_shard(folder, layout, shard, left_out=(), unlabeled=(), batch_size=5, 
     with ShardWriter(folder, layout, shard, SETTINGS) as writer:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            writer.add(values(part, layout.num_views, layout.dtype), labels(part, unlabeled), np.array(part))
+            columns = [values(part, layout.num_views, layout.dtype), labels(part, unlabeled), np.array(part)]
+            if layout.feature_dim is not None:
+                columns.append(features(part, layout.num_views, layout.feature_dim))
+            writer.add(*columns)
         if finish:
             writer.finish(
                 left_out=sorted(set(layout.rows(shard)) & set(left_out)),
@@ -43,5 +52,8 @@ def write_cache(folder, num_images=61, left_out=(), unlabeled=(), statistics=(0.
     shards = [read_shard(folder, layout, shard, SETTINGS) for shard in range(layout.num_shards)]
     scalar = dict(zip(("latents_mean", "latents_std"), statistics, strict=True))
     metadata = {"format_version": 1, "statistics": {"scalar": scalar}, "tokenizer": {"digest": "encoder"}}
+    metadata["resolution"] = 16
+    if layout.feature_dim is not None:
+        metadata["alignment"] = {"digest": "teacher"}
     (folder / "latents.json").write_text(json.dumps(metadata | describe_shards(layout, shards)))
     return layout

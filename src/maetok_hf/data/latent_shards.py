@@ -9,12 +9,15 @@ A row has the columns `latent` (and `latent_mirrored`, of the mirrored image): a
 of token 0, of token 1, and so on, raw, as the tokenizer's `decode` takes them; `label`: the class, null if it is
 missing; and `index`: the row's number in the data set of images. Rows whose image cannot be decoded are left out and
 counted, so there is one row for every other image.
+
+A cache may also hold what a frozen vision model says of the images: the columns `features` (and `features_mirrored`),
+float16, with the vector of token 0, of token 1, and so on.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from .batches import check_integer
 
 
 VIEWS = ("latent", "latent_mirrored")
+FEATURE_VIEWS = ("features", "features_mirrored")
+FEATURE_DTYPE = "float16"
 DTYPES = ("float16", "float32")
 SETTINGS_FILE = "settings.json"
 METADATA_FILE = "latents.json"
@@ -50,6 +55,7 @@ class LatentLayout:
         rows_per_shard (`int`, *optional*): Rows of the data set of images for each file; by default a power of two
             for files of up to 256 MiB.
         class_names (`tuple[str, ...]`, *optional*): Names of the classes, if they are known.
+        feature_dim (`int`, *optional*): Features of each token, if there are any.
 
     Raises:
         ValueError: If `dtype` is unknown or a number is out of range.
@@ -63,10 +69,13 @@ class LatentLayout:
     split: str = "train"
     rows_per_shard: int | None = None
     class_names: tuple[str, ...] | None = None
+    feature_dim: int | None = None
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"`dtype` must be one of {', '.join(map(repr, DTYPES))}, got {self.dtype!r}.")
+        if self.feature_dim is not None:
+            check_integer("feature_dim", self.feature_dim, 1)
         if self.rows_per_shard is None:
             fitting = max(1, _SHARD_BYTES // self.row_bytes)
             object.__setattr__(self, "rows_per_shard", 1 << (fitting.bit_length() - 1))
@@ -74,13 +83,23 @@ class LatentLayout:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one image: its latents and features."""
+        return self.latent_bytes + self.feature_bytes
+
+    @property
+    def latent_bytes(self) -> int:
         """Bytes of the latents of one image."""
         return self.num_views * self.num_tokens * self.num_channels * np.dtype(self.dtype).itemsize
 
     @property
+    def feature_bytes(self) -> int:
+        """Bytes of the features of one image."""
+        return self.num_views * self.num_tokens * (self.feature_dim or 0) * np.dtype(FEATURE_DTYPE).itemsize
+
+    @property
     def rows_per_group(self) -> int:
-        """Rows of a row group."""
-        return max(1, min(_GROUP_ROWS, _GROUP_BYTES // self.row_bytes))
+        """Rows of a row group; features do not count, so that they do not slow down who reads the latents alone."""
+        return max(1, min(_GROUP_ROWS, _GROUP_BYTES // self.latent_bytes))
 
     @property
     def num_shards(self) -> int:
@@ -100,10 +119,18 @@ class LatentLayout:
 
         latent = List(Value(self.dtype), length=self.num_tokens * self.num_channels)
         label = Value("int64") if self.class_names is None else ClassLabel(names=list(self.class_names))
-        features = Features(
-            {**dict.fromkeys(VIEWS[: self.num_views], latent), "label": label, "index": Value("int64")}
-        )
-        return features.arrow_schema
+        columns = {**dict.fromkeys(VIEWS[: self.num_views], latent), "label": label, "index": Value("int64")}
+        if self.feature_dim is not None:
+            feature = List(Value(FEATURE_DTYPE), length=self.num_tokens * self.feature_dim)
+            columns |= dict.fromkeys(FEATURE_VIEWS[: self.num_views], feature)
+        return Features(columns).arrow_schema
+
+    def settings(self) -> dict[str, Any]:
+        """The layout in plain values, by which a cache is recognised; without features it does not speak of them."""
+        settings = asdict(self)
+        if self.feature_dim is None:
+            del settings["feature_dim"]
+        return settings
 
 
 class ShardWriter:
@@ -129,26 +156,37 @@ class ShardWriter:
         self._writer = pq.ParquetWriter(
             self._temporary, self._schema, compression="none", use_dictionary=False, write_statistics=False
         )
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         self._num_waiting = self.num_rows = 0
 
-    def add(self, latents: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> None:
+    def add(
+        self, latents: np.ndarray, labels: np.ndarray, indices: np.ndarray, features: np.ndarray | None = None
+    ) -> None:
         """
         Args:
             latents (`np.ndarray`): Of shape `(num_views, n, num_tokens, num_channels)`, in the type of the layout.
             labels (`np.ndarray`): int64 of shape `(n,)`, -1 for a missing label.
             indices (`np.ndarray`): int64 of shape `(n,)`, the rows of the data set of images.
+            features (`np.ndarray`, *optional*): float16 of shape `(num_views, n, num_tokens, feature_dim)`, needed
+                if, and only if, the layout has a `feature_dim`.
 
         Raises:
-            ValueError: If the shape or the type is not that of the layout.
+            ValueError: If a shape or a type is not that of the layout.
         """
         layout, num_rows = self.layout, len(indices)
-        expected = (layout.num_views, num_rows, layout.num_tokens, layout.num_channels)
-        if latents.shape != expected or latents.dtype != layout.dtype:
+        shape = (layout.num_views, num_rows, layout.num_tokens)
+        _check_array("latents", latents, (*shape, layout.num_channels), layout.dtype)
+        if (features is None) != (layout.feature_dim is None):
             raise ValueError(
-                f"`latents` must be {layout.dtype} of shape {expected}, got {latents.dtype} of {latents.shape}."
+                f"`features` are {'missing' if features is None else 'given'}, but the layout has "
+                f"feature_dim={layout.feature_dim}."
             )
-        self._waiting.append((latents.reshape(layout.num_views, num_rows, -1), labels, indices))
+        if features is None:
+            features = np.empty((*shape, 0), dtype=FEATURE_DTYPE)
+        else:
+            _check_array("features", features, (*shape, layout.feature_dim), FEATURE_DTYPE)
+        flat = (array.reshape(layout.num_views, num_rows, -1) for array in (latents, features))
+        self._waiting.append((*flat, labels, indices))
         self._num_waiting += num_rows
         if self._num_waiting >= layout.rows_per_group:
             self._write(self._num_waiting // layout.rows_per_group * layout.rows_per_group)
@@ -157,16 +195,21 @@ class ShardWriter:
         """The first `count` of the waiting rows, in whole row groups if there is a rest."""
         import pyarrow as pa
 
-        latents = np.concatenate([part[0] for part in self._waiting], axis=1)
-        labels, indices = (np.concatenate([part[k] for part in self._waiting]) for k in (1, 2))
-        columns = [
-            pa.FixedSizeListArray.from_arrays(pa.array(view[:count].reshape(-1)), latents.shape[-1])
-            for view in latents
-        ]
+        def lists(views: np.ndarray) -> list[Any]:
+            """One column for each view."""
+            return [
+                pa.FixedSizeListArray.from_arrays(pa.array(view[:count].reshape(-1)), view.shape[-1]) for view in views
+            ]
+
+        latents, features = (np.concatenate([part[k] for part in self._waiting], axis=1) for k in (0, 1))
+        labels, indices = (np.concatenate([part[k] for part in self._waiting]) for k in (2, 3))
+        columns = lists(latents)
         columns += [pa.array(labels[:count], mask=labels[:count] < 0), pa.array(indices[:count])]
+        if self.layout.feature_dim is not None:
+            columns += lists(features)
         table = pa.table(columns, schema=self._schema)
         self._writer.write_table(table, row_group_size=self.layout.rows_per_group)
-        self._waiting = [(latents[:, count:], labels[count:], indices[count:])]
+        self._waiting = [(latents[:, count:], features[:, count:], labels[count:], indices[count:])]
         self._num_waiting -= count
         self.num_rows += count
 
@@ -194,6 +237,11 @@ class ShardWriter:
         if self._writer.is_open:
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"`{name}` must be {dtype} of shape {shape}, got {array.dtype} of {array.shape}.")
 
 
 def read_shard(folder: str | Path, layout: LatentLayout, shard: int, settings: str) -> dict[str, Any] | None:
@@ -238,7 +286,7 @@ def describe_shards(layout: LatentLayout, shards: Sequence[Mapping[str, Any]]) -
     Returns:
         `dict[str, Any]`: Plain values.
     """
-    return {
+    described = {
         "split": layout.split,
         "num_images": layout.num_images,
         "num_rows": sum(shard["num_rows"] for shard in shards),
@@ -255,3 +303,4 @@ def describe_shards(layout: LatentLayout, shards: Sequence[Mapping[str, Any]]) -
             for number, shard in enumerate(shards)
         ],
     }
+    return described if layout.feature_dim is None else described | {"feature_dim": layout.feature_dim}

@@ -43,6 +43,12 @@ class CacheOptions:
         mixed_precision (`str`, *optional*, defaults to `"no"`):
             `"no"`, `"fp16"` or `"bf16"`: type in which the tokenizer computes. bf16 changes the latents by several
             times what float16 storage does.
+        alignment_model (`str`, *optional*):
+            DINOv2 model (folder or Hub repository) whose features are stored beside the latents, for generators that
+            are aligned with them (`alignment_weight` of `train_sit.py`): tokens x features x 2 bytes for each view,
+            which is 504 GB for ImageNet with both views at 128 tokens of `facebook/dinov2-base`. By default none are.
+        alignment_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Precision in which it computes: `"bfloat16"`, `"float16"` or `"float32"`.
         batch_size (`int`, *optional*, defaults to 32):
             Images in one forward pass. The last bits of the latents may depend on it, so it must stay the same when a
             run continues.
@@ -73,6 +79,8 @@ class CacheOptions:
     random_flip: bool = True
     dtype: Literal["float16", "float32"] = "float16"
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    alignment_model: str | None = None
+    alignment_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     batch_size: int = 32
     rows_per_shard: int | None = None
     dataloader_num_workers: int = 0
@@ -85,5 +93,7 @@ class CacheOptions:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if self.dataloader_num_workers < 0:
             raise ValueError(f"`dataloader_num_workers` must be 0 or more, got {self.dataloader_num_workers}.")
+        if self.alignment_dtype != "bfloat16" and self.alignment_model is None:
+            raise ValueError("`alignment_dtype` has no effect without `alignment_model`: remove it.")
         if self.hub_private_repo and self.push_to_hub is None:
             raise ValueError("`hub_private_repo` has no effect without `push_to_hub`: remove it.")

@@ -316,6 +316,7 @@ class FlowMatchingObjective(nn.Module):
         class_drop_mask: torch.Tensor | None = None,
         guidance_temperature: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        token_features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
@@ -329,7 +330,9 @@ class FlowMatchingObjective(nn.Module):
             guidance_temperature (`torch.Tensor` of shape `(batch_size,)`, *optional*): Temperatures in `(0, 1]`,
                 needed if, and only if, the training is `guidance_free`. Where the class is dropped, 1 takes its place.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`, *optional*): The images of the
-                latents, in `[-1, 1]`, needed if, and only if, there is an `alignment`.
+                latents, in `[-1, 1]`, needed if, and only if, there is an `alignment` with a target.
+            token_features (`torch.Tensor` of shape `(batch_size, num_tokens, feature_dim)`, *optional*): Their cached
+                features, needed if, and only if, there is an `alignment` without a target.
 
         Returns:
             `dict[str, torch.Tensor]`: `"loss"` (scalar, the weighted sum of the terms, mean over the batch), which
@@ -342,7 +345,11 @@ class FlowMatchingObjective(nn.Module):
         if noise.shape != latents.shape:
             raise ValueError(f"`noise` has shape {tuple(noise.shape)} but `latents` has shape {tuple(latents.shape)}.")
         _check_needed("guidance_temperature", guidance_temperature, self.guidance_free, "`guidance_free` training")
-        _check_needed("pixel_values", pixel_values, self.alignment is not None, "the alignment")
+        sources = {"pixel_values": pixel_values, "token_features": token_features}
+        needed = None if self.alignment is None else self.alignment.input_name
+        for name, source in sources.items():
+            kind = {"pixel_values": "the alignment", "token_features": "an alignment with cached features"}[name]
+            _check_needed(name, source, name == needed, kind)
         path = self.transformer.config.path
         t = time_from_draw(_per_image(draw, latents).flatten(), self.density, path, self.time_shift)
         if class_drop_mask is None:
@@ -358,7 +365,7 @@ class FlowMatchingObjective(nn.Module):
             terms["direction"] = direction_loss(prediction, target)
             loss = loss + self.direction_weight * terms["direction"]
         if self.alignment is not None:
-            terms["alignment"] = self.alignment(features, pixel_values)
+            terms["alignment"] = self.alignment(features, sources[needed])
             loss = loss + self.alignment_weight * terms["alignment"]
         means = {name: term.detach().mean() for name, term in terms.items()}
         return {"loss": loss.mean(), "loss_per_image": loss.detach()} | means

@@ -119,16 +119,20 @@ def _trained_transformer(
 
 
 def make_flow_objective(
-    recipe: SiTRecipe, transformer: ModelMixin, patch_size: int, seed: int
+    recipe: SiTRecipe, transformer: ModelMixin, patch_size: int, seed: int, cached_feature_dim: int | None = None
 ) -> FlowMatchingObjective:
     """
     The objective of a generator; with an alignment, a fresh projector and the frozen model are part of it.
+
+    With features that are cached the frozen model is neither needed nor loaded; the projector is the same one.
 
     Args:
         recipe ([`SiTRecipe`]): The recipe.
         transformer (`ModelMixin`): From [`make_transformer`].
         patch_size (`int`): Side in pixels of the tokenizer's patches, which are those of the alignment.
         seed (`int`): Seed of the initialisation.
+        cached_feature_dim (`int`, *optional*): Features of a token where they come with the batches, see
+            [`~maetok_hf.training.token_features`].
 
     Returns:
         [`FlowMatchingObjective`]: On the CPU.
@@ -140,11 +144,15 @@ def make_flow_objective(
     alignment = None
     if recipe.alignment_weight > 0:
         check_patches_per_token((recipe.resolution // patch_size) ** 2, transformer.config.sample_size)
-        dtype = getattr(torch, recipe.alignment_dtype)
-        target = load_teacher("dinov2", recipe.alignment_model, patch_size, dtype=dtype)
+        target = None
+        if cached_feature_dim is None:
+            dtype = getattr(torch, recipe.alignment_dtype)
+            target = load_teacher("dinov2", recipe.alignment_model, patch_size, dtype=dtype)
         torch.manual_seed(keyed_seed(seed, "initialisation of the projector"))
         width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-        alignment = FeatureAlignment(target, width, recipe.alignment_layer, recipe.alignment_hidden_size)
+        alignment = FeatureAlignment(
+            target, width, recipe.alignment_layer, recipe.alignment_hidden_size, cached_feature_dim
+        )
     return FlowMatchingObjective(
         transformer,
         density=recipe.time_density,

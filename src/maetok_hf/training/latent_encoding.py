@@ -132,11 +132,20 @@ def encoder_digest(tokenizer: ModelMixin) -> str:
     }
     text = json.dumps([type(tokenizer).__name__, settings], sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name, tensor in tokenizer.state_dict().items():
-        if not name.startswith(DECODER_PREFIXES):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    tensors = {k: v for k, v in tokenizer.state_dict().items() if not k.startswith(DECODER_PREFIXES)}
+    hash_tensors(digest, tensors)
     return digest.hexdigest()
+
+
+def hash_tensors(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Args:
+        digest (`hashlib.blake2b`): What is updated.
+        tensors (`Mapping[str, torch.Tensor]`): Tensors by name, in an order that is always the same.
+    """
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def check_same_encoder(tokenizer: ModelMixin, metadata: Mapping[str, Any]) -> None:

@@ -31,13 +31,14 @@ class SiTRecipe(FlowRecipe):
             temperature embedding.
         alignment_weight (`float`, *optional*, defaults to 0.0):
             Weight of the alignment of one block with DINOv2's features (REPA, arXiv 2410.06940, where it is 0.5); 0
-            for none. It needs the images: latents that are cached do not have them.
+            for none. It needs the images, or latents that were cached with `--alignment_model`.
         alignment_layer (`int`, *optional*, defaults to 8):
             Number of that block, counted from 1.
         alignment_hidden_size (`int`, *optional*, defaults to 2048):
             Width of the projector from the block to the features.
         alignment_model (`str`, *optional*, defaults to `"facebook/dinov2-base"`):
-            Folder or Hub repository of the DINOv2 model.
+            Folder or Hub repository of the DINOv2 model. With features that are cached it is not loaded, but must be
+            theirs, as must its precision.
         alignment_dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision of the DINOv2 model: `"bfloat16"`, `"float16"` or `"float32"`.
     """
@@ -81,11 +82,6 @@ class SiTRecipe(FlowRecipe):
             "lightningdit": LightningDiTTransformer1DModel,
             "usit": USiTTransformer1DModel,
         }[self.architecture]
-
-    @property
-    def needs_images(self) -> bool:
-        """`bool`: Whether the objective takes the images beside their latents, so that these cannot be cached."""
-        return self.alignment_weight > 0
 
     def unused_settings(self) -> dict[str, str]:
         unused = super().unused_settings()

@@ -1,0 +1,214 @@
+"""Cached features give the loss that the frozen model gives, and are refused where they are another's."""
+
+import shlex
+
+import pytest
+import torch
+from torch import nn
+
+from maetok_hf import SiTTransformer1DModel
+from maetok_hf.training.alignment import FeatureAlignment
+from maetok_hf.training.flow_matching import FlowMatchingObjective
+from maetok_hf.training.generator_parts import make_flow_objective, make_transformer
+from maetok_hf.training.sit_recipe import SiTRecipe
+from maetok_hf.training.targets import HOGTarget
+from maetok_hf.training.teachers import TeacherTarget
+from maetok_hf.training.token_features import (
+    TokenFeatureEncoder,
+    check_cached_features,
+    load_cached_teacher,
+    mean_directions,
+    teacher_identity,
+)
+from tests.documentation import check_command
+from tests.networks import save_networks
+from tests.testing_utils import tiny_autoencoder
+
+
+NUM_TOKENS, WIDTH, FEATURE_DIM = 4, 16, 24
+HALF = 2.0**-11  # what float16 may change of a number of size 1
+
+
+def make_target(seed=0, **options):
+    torch.manual_seed(seed)
+    teacher = nn.Sequential(nn.Conv2d(3, FEATURE_DIM, 4, stride=4), nn.Flatten(2))
+    settings = {"patch_size": 4, "dtype": torch.float32} | options
+    patches = _Transposed(teacher)
+    return TeacherTarget(patches, FEATURE_DIM, 4, (0.5,) * 3, (0.5,) * 3, **settings)
+
+
+class _Transposed(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model(pixel_values).transpose(1, 2)
+
+
+def make_images(count=5, side=16):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def make_alignment(target):
+    torch.manual_seed(2)
+    feature_dim = FEATURE_DIM if target is None else None
+    return FeatureAlignment(target, WIDTH, layer=1, hidden_size=8, feature_dim=feature_dim)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 16])
+def test_loss_and_gradients_are_those_of_the_image(num_tokens):
+    target, images = make_target(), make_images()
+    exact = mean_directions(target(images), num_tokens)
+    found = []
+    for alignment, source in ((make_alignment(target), images), (make_alignment(None), exact)):
+        hidden_states = torch.randn(5, num_tokens, WIDTH, generator=torch.Generator().manual_seed(3))
+        loss = alignment(hidden_states.requires_grad_(), source)
+        loss.sum().backward()
+        found.append((loss.detach(), hidden_states.grad, alignment.projector[0].weight.grad))
+    assert found[0][0].std() > 1e-3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_storing_in_float16_changes_the_loss_by_no_more_than_its_rounding():
+    target, images = make_target(), make_images()
+    stored = TokenFeatureEncoder(target, 2, NUM_TOKENS)(images)
+    assert stored.dtype == torch.float16 and stored.shape == (2, 5, NUM_TOKENS, FEATURE_DIM)
+    hidden_states = torch.randn(5, NUM_TOKENS, WIDTH, generator=torch.Generator().manual_seed(3))
+    for view, features in zip((images, images.flip(-1)), stored, strict=True):
+        expected, found = (
+            make_alignment(one)(hidden_states, source) for one, source in ((target, view), (None, features))
+        )
+        difference = (expected - found).abs().max()
+        assert 0 < difference < HALF
+    assert not torch.equal(*stored), "the mirrored image has other features"
+    assert torch.equal(TokenFeatureEncoder(target, 1, NUM_TOKENS)(images), stored[:1])
+
+
+def test_a_mean_of_directions_is_shorter_than_one_and_is_not_normalised():
+    features = torch.tensor([[[2.0, 0.0], [0.0, 5.0], [3.0, 4.0], [0.0, 0.0]]])
+    assert torch.equal(mean_directions(features, 2), torch.tensor([[[0.5, 0.5], [0.3, 0.4]]]))
+    with pytest.raises(ValueError, match="4 patches are no multiple of 3 tokens"):
+        mean_directions(features, 3)
+
+
+def test_objective_takes_the_features_in_place_of_the_images():
+    target, images = make_target(), make_images()
+    torch.manual_seed(0)
+    sizes = {"sample_size": NUM_TOKENS, "in_channels": 3, "num_layers": 2, "num_attention_heads": 2}
+    transformer = SiTTransformer1DModel(**sizes, attention_head_dim=8, num_classes=5)
+    inputs = {
+        "latents": torch.randn(5, NUM_TOKENS, 3),
+        "class_labels": torch.arange(5),
+        "draw": torch.rand(5),
+        "noise": torch.randn(5, NUM_TOKENS, 3),
+    }
+    features = TokenFeatureEncoder(target, 1, NUM_TOKENS)(images)[0]
+    with_images = FlowMatchingObjective(transformer, alignment=make_alignment(target))
+    cached = FlowMatchingObjective(transformer, alignment=make_alignment(None)).move_frozen("cpu")
+    one, other = with_images(**inputs, pixel_values=images), cached(**inputs, token_features=features)
+    assert torch.equal(one["velocity"], other["velocity"])
+    assert 0 < abs(one["alignment"] - other["alignment"]) < HALF
+    for objective, name, given in (
+        (cached, "token_features", {}),
+        (with_images, "pixel_values", {}),
+        (cached, "pixel_values", {"pixel_values": images, "token_features": features}),
+        (with_images, "token_features", {"pixel_values": images, "token_features": features}),
+    ):
+        what = "is needed by" if name not in given else "has no effect without"
+        with pytest.raises(ValueError, match=f"`{name}` {what}"):
+            objective(**inputs, **given)
+    with pytest.raises(ValueError, match=r"`token_features` must have shape \(5, 4, 24\), .* got \(5, 2, 24\)"):
+        cached(**inputs, token_features=features[:, :2])
+
+
+def test_an_alignment_has_a_target_or_the_number_of_features():
+    for target, feature_dim in ((None, None), (make_target(), 3)):
+        with pytest.raises(ValueError, match="give one of the two"):
+            FeatureAlignment(target, WIDTH, feature_dim=feature_dim)
+    with pytest.raises(ValueError, match="`feature_dim` must be positive, got 0"):
+        FeatureAlignment(None, WIDTH, feature_dim=0)
+
+
+def test_no_model_is_loaded_for_cached_features_and_the_projector_is_the_same(tmp_path):
+    source = save_networks(tmp_path)["dinov2_model"]
+    model = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    settings = {"alignment_weight": 0.5, "alignment_layer": 1, "resolution": 32, "model": model}
+    projectors = []
+    for name, feature_dim in ((source, None), ("nowhere", 32)):
+        recipe = SiTRecipe(**settings, alignment_model=name)
+        transformer = make_transformer(recipe, (4, 3), 5, seed=0)
+        objective = make_flow_objective(recipe, transformer, 16, seed=0, cached_feature_dim=feature_dim)
+        projectors.append(objective.alignment.projector.state_dict())
+    for name, value in projectors[0].items():
+        assert torch.equal(value, projectors[1][name])
+    with pytest.raises(ValueError, match="9 patches are no multiple of 4 tokens"):
+        make_flow_objective(SiTRecipe(**settings | {"resolution": 48}), transformer, 16, 0, cached_feature_dim=32)
+
+
+def test_identity_changes_with_weights_precision_and_statistics(tmp_path):
+    path = tmp_path / "teacher"
+    path.mkdir()
+    known = teacher_identity(make_target(), str(path))
+    assert known == teacher_identity(make_target(), str(path))
+    assert (known["model"], known["dtype"]) == ("teacher", "float32")
+    others = [make_target(1), make_target(dtype=torch.bfloat16)]
+    others.append(TeacherTarget(make_target().teacher, FEATURE_DIM, 4, (0.4,) * 3, (0.5,) * 3, 4, dtype=torch.float32))
+    assert len({teacher_identity(other, "x")["digest"] for other in others} | {known["digest"]}) == 4
+
+
+def test_teacher_that_cannot_be_used_is_refused_before_it_is_loaded():
+    with pytest.raises(ValueError, match="`alignment_model` needs the patches of an AutoencoderMAE, .* is a Linear"):
+        load_cached_teacher("nowhere", "float32", nn.Linear(1, 1), 16)
+    tokenizer = tiny_autoencoder(sample_size=16)
+    num_tokens = tokenizer.config.num_latent_tokens
+    with pytest.raises(ValueError, match=f"no multiple of {num_tokens} tokens"):
+        load_cached_teacher("nowhere", "float32", tokenizer, tokenizer.config.patch_size)
+    with pytest.raises(ValueError, match="compared by 'cosine', not by 'mse'"):
+        TokenFeatureEncoder(HOGTarget(), 1, 4)
+
+
+def test_features_that_are_not_finite_are_refused():
+    target = make_target()
+    with torch.no_grad():
+        target.teacher.model[0].weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="`alignment_model` gives features that are not finite"):
+        TokenFeatureEncoder(target, 1, NUM_TOKENS)(make_images())
+
+
+METADATA = {
+    "dataset": {"name": "user/images", "config_name": None, "revision": None},
+    "split": "train",
+    "resolution": 256,
+    "num_views": 1,
+    "dtype": "float16",
+    "mixed_precision": "no",
+}
+ALIGNMENT = {"model": "facebook/dinov2-base", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, "hold none"),
+        (ALIGNMENT | {"model": "facebook/dinov2-large"}, "hold those of 'facebook/dinov2-large' in bfloat16"),
+        (ALIGNMENT | {"dtype": "float32"}, "hold those of 'facebook/dinov2-base' in float32"),
+    ],
+)
+def test_features_of_another_model_are_refused_with_the_command_that_makes_them(found, message):
+    metadata = METADATA if found is None else METADATA | {"alignment": found}
+    recipe = SiTRecipe(alignment_weight=0.5)
+    with pytest.raises(ValueError, match=message) as caught:
+        check_cached_features(metadata, recipe, "runs/tokenizer", "the latents in 'here'")
+    text = str(caught.value)
+    assert "needs features of 'facebook/dinov2-base' in bfloat16, but the latents in 'here' hold" in text
+    assert ("of the cache" in text) == (found is not None)
+    command = next(line.strip() for line in text.splitlines() if "cache_latents.py" in line)
+    check_command(shlex.split(command))
+    assert "--tokenizer_name_or_path runs/tokenizer --dataset_name user/images" in command
+    assert "--random_flip false" in command and "--alignment_model facebook/dinov2-base" in command
+
+
+def test_features_of_the_recipe_are_accepted():
+    check_cached_features(METADATA | {"alignment": ALIGNMENT}, SiTRecipe(alignment_weight=0.5), "x", "the latents")
