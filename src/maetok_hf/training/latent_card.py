@@ -59,6 +59,7 @@ def write_latents_card(
         scalar=metadata["statistics"]["scalar"],
         dataset_is_on_hub=is_on_hub(dataset["name"]),
         tokenizer_is_on_hub=is_on_hub(tokenizer["name_or_path"]),
+        alignment_is_on_hub="alignment" in metadata and is_on_hub(metadata["alignment"]["model"]),
         counts={name: count for name, count in metadata["counts"].items() if count},
     )
     path = Path(folder) / "README.md"
