@@ -71,6 +71,7 @@ from maetok_hf.training.latent_encoding import (
 from maetok_hf.training.latent_statistics import LatentStatistics, summarize_statistics
 from maetok_hf.training.model_card import public_name
 from maetok_hf.training.resumption import check_identity
+from maetok_hf.training.targets import explained_loading
 from maetok_hf.training.token_features import TokenFeatureEncoder, load_cached_teacher, teacher_identity
 
 
@@ -142,12 +143,13 @@ class LatentCaching:
         tokenizer = load_tokenizer(*address, self.tokenizer_commit)
         self.encoder_digest = encoder_digest(tokenizer)
         self.tokenizer = tokenizer.to(self.state.device)
-        self.teacher, self.alignment = None, None
-        if options.alignment_model is not None:
-            teacher = load_cached_teacher(
-                options.alignment_model, options.alignment_dtype, tokenizer, options.resolution
-            )
-            self.alignment = teacher_identity(teacher, options.alignment_model)
+        self.teacher = self.alignment = self.teacher_commit = None
+        if (name := options.alignment_model) is not None:
+            with explained_loading(name):
+                self.teacher_commit = resolve_commit(name)
+            choice = (options.alignment_dtype, tokenizer, options.resolution)
+            teacher = load_cached_teacher(name, *choice, revision=self.teacher_commit)
+            self.alignment = teacher_identity(teacher, name)
             self.teacher = teacher.to(self.state.device)
         self.source = open_images(
             options.dataset_name,
@@ -339,6 +341,7 @@ class LatentCaching:
         if self.teacher is not None:
             num_patches = (options.resolution // self.teacher.patch_size) ** 2
             described["alignment"] = self.alignment | {
+                "revision": self.teacher_commit,
                 "patches_per_token": num_patches // self.layout.num_tokens,
                 "num_bytes": metadata["num_rows"] * self.layout.feature_bytes,
             }

@@ -1,5 +1,6 @@
 """Cached features give the loss that the frozen model gives, and are refused where they are another's."""
 
+import json
 import shlex
 
 import pytest
@@ -156,6 +157,20 @@ def test_identity_changes_with_weights_precision_and_statistics(tmp_path):
     others = [make_target(1), make_target(dtype=torch.bfloat16)]
     others.append(TeacherTarget(make_target().teacher, FEATURE_DIM, 4, (0.4,) * 3, (0.5,) * 3, 4, dtype=torch.float32))
     assert len({teacher_identity(other, "x")["digest"] for other in others} | {known["digest"]}) == 4
+
+
+def test_a_commit_of_the_hub_is_the_teacher_that_is_loaded(tmp_path, hub):
+    save_networks(tmp_path)
+    repository = hub.add("user/dinov2")
+    repository.commit("weights", {path.name: path.read_bytes() for path in (tmp_path / "dinov2").iterdir()})
+    commit, tokenizer = repository.sha, tiny_autoencoder(num_latent_tokens=4)
+    settings = json.loads((tmp_path / "dinov2" / "preprocessor_config.json").read_text())
+    changed = json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}).encode()
+    repository.commit("statistics", repository.files | {"preprocessor_config.json": changed})
+    place = ("user/dinov2", "float32", tokenizer, tokenizer.config.sample_size)
+    old, new = (load_cached_teacher(*place, revision=revision) for revision in (commit, None))
+    local = load_cached_teacher(str(tmp_path / "dinov2"), *place[1:])
+    assert torch.equal(old.shift, local.shift) and not torch.equal(new.shift, old.shift)
 
 
 def test_teacher_that_cannot_be_used_is_refused_before_it_is_loaded():

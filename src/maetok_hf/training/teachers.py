@@ -159,6 +159,7 @@ def load_teacher(
     patch_size: int = 16,
     feature_loss: str = "cosine",
     dtype: torch.dtype = torch.bfloat16,
+    revision: str | None = None,
 ) -> TeacherTarget:
     """
     A published vision model as a target: its patch tokens in the last layer, after the final norm.
@@ -187,6 +188,8 @@ def load_teacher(
             How predictions are compared with the features, see [`~maetok_hf.training.targets.feature_loss`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`):
             Floating-point type of the teacher's weights and input.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub; by default the main branch.
 
     Returns:
         [`TeacherTarget`]: Frozen, with `feature_dim` of the model's width.
@@ -201,8 +204,9 @@ def load_teacher(
     if kind not in _MODEL_TYPES:
         raise ValueError(f"`kind` must be one of {', '.join(map(repr, _MODEL_TYPES))}, got {kind!r}.")
     check_feature_loss(feature_loss)
+    place = {} if revision is None else {"revision": revision}
     with explained_loading(pretrained_model_name_or_path):
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **place)
     if config.model_type not in _MODEL_TYPES[kind]:
         raise ValueError(
             f"`pretrained_model_name_or_path` {os.fspath(pretrained_model_name_or_path)!r} is a model of type "
@@ -218,14 +222,19 @@ def load_teacher(
 
     with explained_loading(pretrained_model_name_or_path), _without_load_report():
         model, info = AutoModel.from_pretrained(
-            pretrained_model_name_or_path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            pretrained_model_name_or_path,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **place,
         )
     if info["missing_keys"]:
         raise ValueError(
             f"`pretrained_model_name_or_path` {os.fspath(pretrained_model_name_or_path)!r} lacks weights of its model "
             f"({', '.join(sorted(info['missing_keys'])[:3])}, ...): a teacher must be trained, download it again."
         )
-    image_mean, image_std = _image_statistics(kind, pretrained_model_name_or_path)
+    image_mean, image_std = _image_statistics(kind, pretrained_model_name_or_path, **place)
     return TeacherTarget(
         _PatchTokens(model, num_prefix_tokens, **options),
         feature_dim=config.hidden_size,
@@ -251,17 +260,19 @@ def _without_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _image_statistics(kind: str, pretrained_model_name_or_path: str | os.PathLike) -> tuple[Sequence[float], ...]:
+def _image_statistics(
+    kind: str, pretrained_model_name_or_path: str | os.PathLike, **place: str
+) -> tuple[Sequence[float], ...]:
     """Mean and standard deviation of the repository's image processor, or of the kind's published checkpoints."""
     from transformers import ImageProcessingMixin
 
     name = os.fspath(pretrained_model_name_or_path)
     with explained_loading(name):
         try:
-            settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+            settings, _ = ImageProcessingMixin.get_image_processor_dict(name, **place)
         except OSError:
             # raised where there is no image processor and where it was not possible to look
-            if not _lacks_image_processor(name):
+            if not _lacks_image_processor(name, **place):
                 raise
             settings = None
     if settings is None:
@@ -282,21 +293,21 @@ def _image_statistics(kind: str, pretrained_model_name_or_path: str | os.PathLik
     return settings["image_mean"], settings["image_std"]
 
 
-def _lacks_image_processor(name: str) -> bool:
+def _lacks_image_processor(name: str, **place: str) -> bool:
     """Whether a folder or repository is known to have no file of an image processor; `OSError` if that is unknown."""
     if os.path.isdir(name):
         return not any(os.path.isfile(os.path.join(name, file)) for file in PROCESSOR_FILES)
-    return all(_is_known_to_be_missing(name, file) for file in PROCESSOR_FILES)
+    return all(_is_known_to_be_missing(name, file, **place) for file in PROCESSOR_FILES)
 
 
-def _is_known_to_be_missing(repository: str, file: str) -> bool:
+def _is_known_to_be_missing(repository: str, file: str, **place: str) -> bool:
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    if try_to_load_from_cache(repository, file) is _CACHED_NO_EXIST:
+    if try_to_load_from_cache(repository, file, **place) is _CACHED_NO_EXIST:
         return True
     try:
-        hf_hub_download(repository, file)
+        hf_hub_download(repository, file, **place)
     except LocalEntryNotFoundError:  # not here, and the Hub could not be asked
         raise
     except EntryNotFoundError:

@@ -46,7 +46,11 @@ def mean_directions(features: torch.Tensor, num_tokens: int) -> torch.Tensor:
 
 
 def load_cached_teacher(
-    pretrained_model_name_or_path: str, dtype: str, tokenizer: ModelMixin, resolution: int
+    pretrained_model_name_or_path: str,
+    dtype: str,
+    tokenizer: ModelMixin,
+    resolution: int,
+    revision: str | None = None,
 ) -> TeacherTarget:
     """
     The DINOv2 model whose features are to be cached, compared as a generator's recipe does.
@@ -56,6 +60,7 @@ def load_cached_teacher(
         dtype (`str`): Precision of the model: `"bfloat16"`, `"float16"` or `"float32"`.
         tokenizer (`ModelMixin`): The tokenizer, an [`AutoencoderMAE`]: its patches are those of the alignment.
         resolution (`int`): Height and width of the images.
+        revision (`str`, *optional*): Commit of the model on the Hub.
 
     Returns:
         [`TeacherTarget`]: On the CPU.
@@ -72,7 +77,8 @@ def load_cached_teacher(
     patch_size, num_tokens = tokenizer.config.patch_size, tokenizer.config.num_latent_tokens
     num_patches = (resolution // patch_size) ** 2
     check_patches_per_token(num_patches, num_tokens or num_patches)
-    return load_teacher("dinov2", pretrained_model_name_or_path, patch_size, dtype=getattr(torch, dtype))
+    place = {"patch_size": patch_size, "dtype": getattr(torch, dtype), "revision": revision}
+    return load_teacher("dinov2", pretrained_model_name_or_path, **place)
 
 
 def teacher_identity(target: TeacherTarget, pretrained_model_name_or_path: str) -> dict[str, Any]:
