@@ -70,6 +70,22 @@ def test_card_of_one_view_in_float32_claims_no_more(tmp_path):
     assert "mirrored" not in text and "rounding" not in text and "grid" not in text and "random_flip=False" in text
 
 
+def test_card_says_whose_features_are_there(tmp_path):
+    alignment = {"model": "facebook/dinov2-base", "revision": "cafe", "digest": "f00d", "dtype": "bfloat16"}
+    alignment |= {"patches_per_token": 2, "num_bytes": 503_709_245_440}
+    text = make_card(tmp_path, alignment=alignment).text
+    for expected in (
+        "[facebook/dinov2-base](https://huggingface.co/facebook/dinov2-base), revision cafe, digest `f00d`",
+        "computed in bfloat16; for each token the mean of the unit vectors of its 2 patches",
+        "float16, 504 GB |\n| mean |",
+        "`features` and `features_mirrored`",
+    ):
+        assert expected in text
+    local = make_card(tmp_path, alignment=alignment | {"model": "dinov2", "revision": None}, num_views=1).text
+    assert "of `dinov2`, revision not pinned" in local and "mirrored" not in local
+    assert "features" not in make_card(tmp_path).text
+
+
 def test_local_folders_are_named_without_their_path(tmp_path):
     assert public_name(str(tmp_path / "pictures")) == "pictures" and public_name("user/vae") == "user/vae"
     dataset = {"name": "pictures", "config_name": None, "revision": None}
