@@ -138,7 +138,8 @@ class ViTEncoder(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch_size, num_latent_tokens or N, out_channels)`.
         """
-        patches = self.patch_embed(sample)
+        # channels last: the embeddings come as tokens, and nothing is transposed
+        patches = self.patch_embed(sample.contiguous(memory_format=torch.channels_last))
         batch_size, _, rows, columns = patches.shape
         hidden_states = patches.flatten(2).transpose(1, 2)  # (B, N, D)
         if mask is not None:
