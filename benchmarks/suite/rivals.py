@@ -5,6 +5,7 @@ The naive form has queries, keys and values in one matrix, as research checkpoin
 request; the compiler makes as good use of three.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from maetok_hf.seeding import keyed_generator
 
 from ..baseline import NaiveSiT, NaiveTokenizer
-from .cases import MODES, Case, Settings, Work
+from .cases import DTYPES, MODES, USUAL_MODES, Case, Settings, Work
 from .models import images, pipeline, tokenizer, transformer, transformer_inputs
 
 
@@ -26,29 +27,42 @@ def fuse(settings: Settings, model: nn.Module) -> None:
         model.fuse_qkv_projections()
 
 
-def reconstruct(settings: Settings, batch_size: int) -> Work:
+def float32_of(settings: Settings) -> Settings:
+    """The rival's settings where research code computes in float32 whatever ours do."""
+    return replace(settings, dtype="float32")
+
+
+def reconstruct(settings: Settings, batch_size: int, precise: bool = False) -> Work:
+    """Encode and decode; the rival in float32 if it is to be `precise`."""
+    theirs = float32_of(settings) if precise else settings
     ours = settings.place(tokenizer())
-    naive = NaiveTokenizer(ours)
+    naive = NaiveTokenizer(theirs.place(tokenizer()) if precise else ours)
     fuse(settings, ours)
-    pixels = images(batch_size, 256, settings.torch_device, settings.torch_dtype)
+    pixels, their_pixels = (
+        images(batch_size, 256, settings.torch_device, one.torch_dtype) for one in (settings, theirs)
+    )
     return Work(
         torch.no_grad()(lambda: ours(pixels, return_dict=False)),
         batch_size,
         lambda: settings.compile(ours.encoder, ours.decoder),
-        rival=torch.no_grad()(lambda: naive(pixels)),
+        rival=torch.no_grad()(lambda: naive(their_pixels)),
     )
 
 
-def velocity(settings: Settings, size: str, batch_size: int) -> Work:
+def velocity(settings: Settings, size: str, batch_size: int, precise: bool = False) -> Work:
+    """A pass of a generator; the rival in float32 if it is to be `precise`."""
+    theirs = float32_of(settings) if precise else settings
     ours = settings.place(transformer(size))
-    naive = NaiveSiT(ours)
+    naive = NaiveSiT(theirs.place(transformer(size)) if precise else ours)
     fuse(settings, ours)
-    inputs = transformer_inputs(batch_size, settings.torch_device, settings.torch_dtype)
+    inputs, their_inputs = (
+        transformer_inputs(batch_size, settings.torch_device, one.torch_dtype) for one in (settings, theirs)
+    )
     return Work(
         torch.no_grad()(lambda: ours(*inputs, return_dict=False)),
         batch_size,
         lambda: settings.compile(ours),
-        rival=torch.no_grad()(lambda: naive(*inputs)),
+        rival=torch.no_grad()(lambda: naive(*their_inputs)),
     )
 
 
@@ -87,13 +101,17 @@ def guided_sampling(settings: Settings, size: str, batch_size: int) -> Work:
 
 
 CPU, CUDA = ("cpu",), ("cuda",)
+NETWORKS = (("encode + decode, ViT-B, 256 x 256", reconstruct, 4), ("SiT-L", partial(velocity, size="SiT-L"), 2))
+IN_FLOAT32 = "naive in float32"
+GUIDED = f"guided sampling, SiT-B, SDE, {STEPS} steps; {IN_FLOAT32}"
 CASES = [
-    Case("against the naive form", f"{name}, batch {batch}", partial(build, batch_size=batch), modes=MODES,
-         devices=where)
-    for name, build, cpu_batch in (
-        ("encode + decode, ViT-B, 256 x 256", reconstruct, 4),
-        ("SiT-L", partial(velocity, size="SiT-L"), 2),
-        (f"guided sampling, SiT-B, SDE, {STEPS} steps; naive in float32", partial(guided_sampling, size="SiT-B"), 2),
+    Case("against the naive form", f"{name}, batch {batch}", partial(build, batch_size=batch), modes=modes,
+         dtypes=dtypes, devices=where)
+    for name, build, cpu_batch, dtypes, modes in (
+        *((name, build, batch, DTYPES, MODES) for name, build, batch in NETWORKS),
+        *((f"{name}; {IN_FLOAT32}", partial(build, precise=True), batch, ("bfloat16",), USUAL_MODES)
+          for name, build, batch in NETWORKS),
+        (GUIDED, partial(guided_sampling, size="SiT-B"), 2, DTYPES, USUAL_MODES),
     )
     for batch, where in ((cpu_batch, CPU), (64, CUDA))
 ]  # fmt: skip
