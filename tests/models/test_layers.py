@@ -163,6 +163,14 @@ def test_keys_are_not_padded_where_that_gains_nothing(length, dtype):
     assert pad_keys(key, key)[0] is key
 
 
+def test_padding_compiles_where_the_length_is_not_known():
+    compiled = torch.compile(pad_keys, fullgraph=True, dynamic=True, backend="eager")
+    for length in (385, 200, 600, 384):
+        key = seeded_normal(1, length, 2, 8).to(torch.bfloat16)
+        for one, other in zip(compiled(key, key), pad_keys(key, key), strict=True):
+            assert one is other is None or torch.equal(one, other)
+
+
 @torch.no_grad()
 def test_padding_hides_itself_from_attention():
     """In float32, where rounding does not hide a padding that takes part, through the processor."""

@@ -13,7 +13,7 @@ from torch import nn
 
 # Keys in bfloat16 on a CPU: some lengths between these take torch's attention 2.5 times as long as the next multiple,
 # those of the published encoder (385) among them; see benchmarks/results/attention.md
-_PADDED_KEYS = range(192, 512)
+_PADDED_KEYS = (192, 512)  # at least, below
 _PADDED_MULTIPLE = 32
 
 
@@ -51,7 +51,8 @@ def pad_keys(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torc
     """
     length = key.shape[1]
     missing = -length % _PADDED_MULTIPLE
-    if key.device.type != "cpu" or key.dtype != torch.bfloat16 or length not in _PADDED_KEYS or missing == 0:
+    low, high = _PADDED_KEYS
+    if key.device.type != "cpu" or key.dtype != torch.bfloat16 or not low <= length < high or missing == 0:
         return key, value, None
     key, value = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (key, value))
     mask = torch.arange(length + missing) < length
