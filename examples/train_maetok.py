@@ -171,6 +171,8 @@ class TokenizerTraining:
             enable_gradient_checkpointing(self.objective, options.gradient_checkpointing_share)
         if options.torch_compile:
             self.objective.compile_repeated_blocks()
+            if self.discriminator is not None:
+                self.discriminator.discriminator.compile_repeated_blocks()
 
         # Data: micro-batches in an order that depends on the seed, not on processes, workers or restarts
         self.stream, self.unaugmented, self.held_out = open_data(recipe, options, self.accelerator)

@@ -28,6 +28,8 @@ def tokenizer_step(settings: Settings, losses: str, batch_size: int) -> Work:
 
     def compile_blocks() -> None:
         step.objective.compile_repeated_blocks(fullgraph=True)
+        if step.discriminator is not None:
+            step.discriminator.discriminator.compile_repeated_blocks(fullgraph=True)
 
     return Work(partial(step, batch_size, 256), batch_size, compile_blocks)
 

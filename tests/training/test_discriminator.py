@@ -292,3 +292,27 @@ def test_missing_weights_are_an_error_that_says_what_to_do(tmp_path):
         Discriminator.from_timm(f"local-dir:{tmp_path}")
     with pytest.raises(OSError, match=r"could not be loaded: Unknown model \(vit_nonesuch\)"):
         Discriminator.from_timm("vit_nonesuch")
+
+
+def test_compiled_blocks_judge_and_teach_the_same_by_one_graph_a_kind_of_pass(images):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    plain, compiled = tiny_discriminator(depth=8), tiny_discriminator(depth=8)
+    torch.compiler.reset()
+    compiled.compile_repeated_blocks(fullgraph=True, backend=backend)
+    found = []
+    for discriminator in (plain, compiled):
+        shown = images.clone().requires_grad_()
+        judged = discriminator.judge(shown)
+        (gradient,) = torch.autograd.grad(judged.sum(), shown)
+        logits = discriminator(images)
+        logits.sum().backward()
+        found.append([judged, gradient, logits, *(parameter.grad for parameter in discriminator.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    # the first block is given tokens of images without a gradient in one of the two kinds of pass
+    assert 1 <= len(graphs) <= 2

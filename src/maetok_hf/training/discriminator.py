@@ -127,6 +127,16 @@ class Discriminator(nn.Module):
         self.trunk.to(device=device, dtype=dtype)
         return self
 
+    def compile_repeated_blocks(self, *args, **kwargs) -> None:
+        """
+        Compile the blocks of the trunk. The heads stay as they are: their spectral norm changes state in every pass.
+
+        Args:
+            args, kwargs: Passed on to `torch.compile`.
+        """
+        for block in self.trunk.blocks:
+            block.compile(*args, **kwargs)
+
     def forward(self, images: torch.Tensor, crop_draws: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:

@@ -52,7 +52,7 @@ class RunOptions:
         max_skipped_steps (`int`, *optional*, defaults to 20):
             A step whose gradient is not finite is skipped; after this many in a row the run stops.
         torch_compile (`bool`, *optional*, defaults to `False`):
-            Compile the transformer blocks of what is trained with `torch.compile`.
+            Compile the transformer blocks of what is trained, and of the discriminator's trunk, with `torch.compile`.
         report_to (`str`, *optional*, defaults to `"tensorboard"`):
             Tracker of losses and pictures: `"tensorboard"`, `"wandb"`, `"trackio"`, or `"none"`; `training_log.jsonl`
             is written in any case.
