@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 
 from .machine import RESULTS, machine, machine_line, table, write_results
-from .training_step import RECIPES, TrainingStep, read_recipe, tokenizer_recipes
+from .training_step import RECIPES, TrainingStep, keys_as_on_a_gpu, read_recipe, tokenizer_recipes
 
 
 COMMAND = "python -m benchmarks.training_cost --update_recipes"
@@ -41,7 +41,7 @@ MAIN_RECIPES = ("maetok-b-128-256", "maetok-b-128-256-decoder", "maetok-b-128-51
 def count(work: Callable[[], Any]) -> int:
     """Operations of a piece of work."""
     # the plain kernel of attention: its two products forward, four backward, whatever a device would use
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), keys_as_on_a_gpu():
         work()
     return counter.get_total_flops()
 

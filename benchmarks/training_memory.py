@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 
 from .machine import RESULTS, machine, machine_line, table, write_results
-from .training_step import TrainingStep, num_bytes, read_recipe
+from .training_step import TrainingStep, keys_as_on_a_gpu, num_bytes, read_recipe
 
 
 COMMAND = "python -m benchmarks.training_memory"
@@ -101,7 +101,7 @@ class ComputedMemory:
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[LiveBytes]:
-        with self.modes[0], self.modes[1] as memory:
+        with keys_as_on_a_gpu(), self.modes[0], self.modes[1] as memory:
             yield memory
 
     def between_steps(self) -> int:

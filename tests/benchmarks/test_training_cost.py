@@ -10,6 +10,7 @@ from benchmarks import training_cost, training_step
 from benchmarks.machine import RESULTS
 from benchmarks.training_cost import count, count_parts, training_flops
 from benchmarks.training_step import RECIPES, TrainingStep, read_recipe, tokenizer_recipes
+from maetok_hf.models.layers import MAETokAttention
 
 
 TINY = {
@@ -50,6 +51,12 @@ def test_attention_takes_two_products_and_twice_as_many_backward():
     query = torch.zeros(1, 2, 6, 4, requires_grad=True)
     attention = torch.nn.functional.scaled_dot_product_attention
     assert count(lambda: attention(query, query, query).sum().backward()) == 3 * 2 * (2 * 2 * 6 * 6 * 4)
+
+
+def test_keys_that_only_cpus_pad_do_not_count():
+    attention = MAETokAttention(8, 2, 4).to(torch.bfloat16)
+    tokens = torch.zeros(1, 200, 8, dtype=torch.bfloat16)
+    assert count(lambda: attention(tokens)) == 2 * 4 * 200 * 8 * 8 + 2 * 2 * 200 * 200 * 8
 
 
 @pytest.mark.parametrize("stage", ["mask_modelling", "decoder_finetuning"])
