@@ -76,6 +76,7 @@ def draw(report: dict[str, Any], cases: Sequence[Case], device: str, path: Path)
     }
     if not curves:
         return False
+    groups = [group for group in groups if any(group == measured for measured, _ in curves)]
     figure = Figure(figsize=(11, 6), layout="constrained")
     panels = figure.subplots(2, len(groups), squeeze=False, sharex="col")
     for column, group in enumerate(groups):
