@@ -55,7 +55,7 @@ def pad_keys(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torc
     if key.device.type != "cpu" or key.dtype != torch.bfloat16 or not low <= length < high or missing == 0:
         return key, value, None
     key, value = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (key, value))
-    mask = torch.arange(length + missing) < length
+    mask = torch.arange(length + missing, device=key.device) < length
     return key, value, mask.view(1, 1, 1, -1)
 
 
