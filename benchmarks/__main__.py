@@ -7,8 +7,9 @@
 
 A share is of the rate of a matrix product of 2048 rows, of the same type and threads, that is measured right before
 and after each call; operations are those of matrix products, attention and convolutions that the call executes.
-Seconds are medians with quartiles, after a first call (which compiles) and a warm-up. Weights are random, sizes are
-the published ones. Peak memory is that of the process on a CPU, weights included, and torch's on a GPU. Against the
+Seconds are medians with quartiles, after a first call (which compiles) and a warm-up. Weights are random, of
+training steps zero; sizes are the published ones.
+Peak memory is that of the process on a CPU, weights included, and torch's on a GPU. Against the
 naive form, which has queries, keys and values in one matrix, eager passes run after `fuse_qkv_projections()`.
 """
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from maetok_hf.models import layers
 
-from .machine import RESULTS, machine, machine_line, table, write_results
+from .machine import RESULTS, closing_lines, machine, table, write_results
 from .suite.timing import quartiles, seconds_of
 
 
@@ -109,11 +109,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"Batch {BATCH_SIZE}, {HEADS} heads of {HEAD_DIM}; medians and quartiles of {report['num_rounds']} "
             "rounds.",
             "",
-            f"- {report['num_threads']} threads; {machine_line(report['machine'])}",
-            "",
-            "```",
-            report["command"],
-            "```",
+            *closing_lines(report),
         ]
     )
 

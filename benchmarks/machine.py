@@ -44,6 +44,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)), ""]
 
 
+def closing_lines(report: dict[str, Any]) -> list[str]:
+    """The end of a page of results: threads, machine and command."""
+    return [
+        f"- {report['num_threads']} threads; {machine_line(report['machine'])}",
+        "",
+        "```",
+        report["command"],
+        "```",
+    ]
+
+
 def write_results(folder: Path, name: str, report: dict[str, Any], text: str) -> None:
     """Write `name.json` and `name.md`, which appear when they are complete."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 A transformer block on a CPU is four products of its width, two of its feed-forward part, and attention. Each is timed
 by itself at the sizes of the published models, compiled with its weights as constants, and call by call in turn with
 the product of 2048 rows whose rate the suite takes for 100 %. The share is that of a block whose norms, residuals,
-modulation and positions take no time: what `python -m benchmarks` finds for whole models lies below it.
+modulation and positions take no time. `python -m benchmarks` measures whole models, in other minutes.
 
     python -m benchmarks.roofline
 
@@ -23,7 +23,7 @@ from torch._inductor import config as inductor_config
 
 from maetok_hf.models.layers import pad_keys
 
-from .machine import RESULTS, machine, machine_line, table, write_results
+from .machine import RESULTS, closing_lines, machine, table, write_results
 from .suite.timing import MATMUL_FLOPS, MATMUL_SIZE, quartiles, seconds_of
 
 
@@ -152,11 +152,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{report['num_rounds']} rounds. A share above 100 is of a packed matrix, which the product of 2048 rows does "
         "not have.",
         "",
-        f"- {report['num_threads']} threads; {machine_line(report['machine'])}",
-        "",
-        "```",
-        report["command"],
-        "```",
+        *closing_lines(report),
     ]
     return "\n".join(lines)
 

@@ -1,10 +1,12 @@
 """Attention, block and their parts against plain formulas."""
 
+import contextlib
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
 
 from maetok_hf.models.layers import (
@@ -169,6 +171,18 @@ def test_padding_compiles_where_the_length_is_not_known():
         key = seeded_normal(1, length, 2, 8).to(torch.bfloat16)
         for one, other in zip(compiled(key, key), pad_keys(key, key), strict=True):
             assert one is other is None or torch.equal(one, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", ["by a context", "for the layer"])
+def test_backends_that_take_no_mask_get_none(chosen):
+    attn, x = MAETokAttention(16, 2, 8).to(torch.bfloat16), seeded_normal(1, 200, 16).to(torch.bfloat16)
+    expected = attn(x)
+    if chosen == "for the layer":
+        attn.processor._attention_backend = "_native_flash"
+    context = attention_backend("_native_flash") if chosen == "by a context" else contextlib.nullcontext()
+    with context:
+        torch.testing.assert_close(attn(x), expected, atol=2e-2, rtol=2e-2)
 
 
 @torch.no_grad()

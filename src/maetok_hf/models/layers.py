@@ -7,7 +7,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import nn
 
 
@@ -90,7 +94,9 @@ class MAETokAttnProcessor:
         if rotary_emb is not None:
             query = apply_rotary_emb(query, *(table[kept] for table in rotary_emb))
             key = apply_rotary_emb(key, *rotary_emb)
-        if attention_mask is None and self._parallel_config is None:
+        # other backends may take no mask
+        backend = self._attention_backend or _AttentionBackendRegistry._active_backend
+        if attention_mask is None and self._parallel_config is None and backend == AttentionBackendName.NATIVE:
             key, value, attention_mask = pad_keys(key, value)
 
         hidden_states = dispatch_attention_fn(
