@@ -7,8 +7,9 @@
 
 A share is of the rate of a matrix product of 2048 rows, of the same type and threads, that is measured right before
 and after each call; operations are those of matrix products, attention and convolutions that the call executes.
-Seconds are medians with quartiles, after a first call (which compiles) and a warm-up. Weights are random, of
-training steps zero; sizes are the published ones.
+Seconds are medians with quartiles, after a first call (which compiles, with nothing from earlier processes) and a
+warm-up; of whole sampling runs, the first call and the peak memory are of one of 4 steps. Weights and inputs are
+random, sizes the published ones.
 Peak memory is that of the process on a CPU, weights included, and torch's on a GPU. Against the
 naive form, which has queries, keys and values in one matrix, eager passes run after `fuse_qkv_projections()`.
 """
@@ -17,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ STARTUP, PROCESSES = "startup", "processes"
 GROUPS = [*dict.fromkeys(case.group for case in CASES), STARTUP, PROCESSES]
 PICTURES = ROOT / "docs" / "images"
 # a run of hundreds of passes repeats itself
-EFFORTS = {"sampling": Effort(min_rounds=1, max_rounds=3, warmup_seconds=0.0)}
+EFFORTS = {"sampling": Effort(min_rounds=1, warmup_seconds=0.0)}
 NUM_PROCESSES = (1, 2)
 
 
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> bool:
     for case in CASES:
         if case.group not in args.groups or args.match not in case.name:
             continue
-        effort = EFFORTS.get(case.group, Effort(seconds=args.seconds))
+        effort = replace(EFFORTS.get(case.group, Effort()), seconds=args.seconds)
         for settings in case.settings(args.devices, args.dtypes, args.modes):
             begin = time.perf_counter()
             record = measure(case, settings, args.num_threads, effort)
@@ -129,11 +130,13 @@ def run(args: argparse.Namespace) -> bool:
         report["first_images"] = []
         for settings in all_settings(args.devices, args.dtypes, [mode for mode in USUAL_MODES if mode in args.modes]):
             record = {"case": f"SiT-B, {startup.STEPS} steps, one image, default guidance"} | asdict(settings)
-            report["first_images"].append(record | startup.first_image(settings))
+            record |= startup.first_image(settings, args.num_threads)
+            report["first_images"].append(record)
             write(args, report)
-            print(f"startup: {report['first_images'][-1]}", flush=True)
+            worked &= "failed" not in record
+            print(f"startup: {record}", flush=True)
     if PROCESSES in args.groups and not args.match and "cpu" in args.devices:
-        report["processes"] = {str(count): data.encoding_rate(count) for count in NUM_PROCESSES}
+        report["processes"] = {str(count): data.encoding_rate(count, args.num_threads) for count in NUM_PROCESSES}
         write(args, report)
     return worked
 

@@ -31,7 +31,7 @@ from maetok_hf.training.sit_recipe import SiTRecipe
 from .machine import RESULTS, machine, machine_line, table, write_results
 from .training_cost import count
 from .training_memory import CARDS, MARGIN, ComputedMemory
-from .training_step import RECIPES, TrainingStep, allocate, read_recipe
+from .training_step import RECIPES, TrainingStep, allocate, read_recipe, set_values
 
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ MEASURED = {
     "cpu": {"SiT-B, 128 x 32": 8},
     "cuda": {"tokenizer, 256 x 256, all losses": 32, "SiT-B, 128 x 32": 256, "SiT-XL, 128 x 32": 64},
 }
-WARMUP = 1
+WARMUP, NUM_ROUNDS = 1, 9
 
 
 class GeneratorStep:
@@ -72,36 +72,55 @@ class GeneratorStep:
             self.objective = make_flow_objective(recipe, self.transformer, PATCH_SIZE, 0)
         self.objective.train()
 
-    def allocate(self, device: str) -> "GeneratorStep":
+    def allocate(self, device: str, random_weights: bool = False) -> "GeneratorStep":
         """
-        Give everything memory, zeros for weights, and make the optimiser and the moving average.
+        Give everything memory, and make the optimiser and the moving average.
 
         Args:
             device (`str`): Where it computes from now on, in bfloat16 by autocast.
+            random_weights (`bool`, *optional*, defaults to `False`): As those of [`TrainingStep.allocate`].
         """
         self.device = device
         allocate(self.objective, device)
+        if random_weights:
+            set_values(self.objective)
         self.optimizer = self.recipe.make_optimizer(self.objective)
         self.ema = create_ema(self.transformer, self.recipe.ema_decay)
         return self
 
-    def passes(self, batch_size: int) -> None:
+    def inputs(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """A batch as the objective takes it: latents, labels, draws of the time and noise."""
+        latents = torch.zeros(batch_size, *LATENT_SHAPE, device=self.device)
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        draw = torch.full((batch_size,), 0.5, device=self.device)
+        return latents, labels, draw, torch.ones_like(latents)
+
+    def random_inputs(self, batch_size: int) -> tuple[torch.Tensor, ...]:
+        """The like with values."""
+        generator = torch.Generator().manual_seed(1)
+        latents, labels, draw, noise = self.inputs(batch_size)
+        for tensor in (latents, noise):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        labels.copy_(torch.randint(NUM_CLASSES, labels.shape, generator=generator))
+        draw.copy_(torch.rand(draw.shape, generator=generator))
+        return latents, labels, draw, noise
+
+    def passes(self, batch_size: int, inputs: Sequence[torch.Tensor] | None = None) -> None:
         """
         Forward and backward passes of one batch.
 
         Args:
             batch_size (`int`): Images.
+            inputs (`Sequence[torch.Tensor]`, *optional*): The batch; `None` for constants.
         """
-        latents = torch.zeros(batch_size, *LATENT_SHAPE, device=self.device)
-        labels = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        draw = torch.full((batch_size,), 0.5, device=self.device)
+        inputs = self.inputs(batch_size) if inputs is None else inputs
         with torch.autocast(self.device, torch.bfloat16):
-            loss = self.objective(latents, labels, draw, torch.ones_like(latents))["loss"]
+            loss = self.objective(*inputs)["loss"]
         loss.backward()
 
-    def __call__(self, batch_size: int) -> None:
+    def __call__(self, batch_size: int, inputs: Sequence[torch.Tensor] | None = None) -> None:
         """A whole step, also the optimiser's and the moving average's part."""
-        self.passes(batch_size)
+        self.passes(batch_size, inputs)
         clip_gradients(self.transformer.parameters(), self.recipe.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -162,12 +181,12 @@ def compute(recipe: str, batches: tuple[int, int]) -> list[dict[str, Any]]:
     return rows
 
 
-def seconds_of(step: TrainingStep | GeneratorStep, batch_size: int, arguments: Sequence[int]) -> float:
-    """Seconds of one step."""
+def seconds_of(step: TrainingStep | GeneratorStep, batch_size: int, arguments: Sequence[int], inputs: Any) -> float:
+    """Seconds of one step of a batch."""
     wait = torch.cuda.synchronize if step.device == "cuda" else lambda: None
     wait()
     begin = time.perf_counter()
-    step(batch_size, *arguments)
+    step(batch_size, *arguments, inputs=inputs)
     wait()
     return time.perf_counter() - begin
 
@@ -186,11 +205,9 @@ def measure(recipe: str, batch_size: int, device: str, num_rounds: int) -> dict[
         `dict`: In plain types.
     """
     step, arguments = make_step(recipe)
-    step.allocate(device)
+    step.allocate(device, random_weights=True)
     torch.manual_seed(0)
-    for parameter in step.objective.parameters():
-        # zeros would take less power, and so less time where power is the limit
-        torch.nn.init.normal_(parameter, std=0.02)
+    inputs = step.random_inputs(batch_size, *arguments)
     seconds: dict[float, list[float]] = {share: [] for share in SHARES}
     peaks = {}
     for number in range(WARMUP + num_rounds):
@@ -198,7 +215,7 @@ def measure(recipe: str, batch_size: int, device: str, num_rounds: int) -> dict[
             enable_gradient_checkpointing(step.objective, share)
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            taken = seconds_of(step, batch_size, arguments)
+            taken = seconds_of(step, batch_size, arguments, inputs)
             if number >= WARMUP:
                 seconds[share].append(taken)
             if device == "cuda":
@@ -220,7 +237,7 @@ def report_of(num_rounds: int) -> dict[str, Any]:
         name: measure(CASES[name][0], batch, device, num_rounds) for name, batch in batches.items() if name in CASES
     }
     return {
-        "command": COMMAND,
+        "command": COMMAND + ("" if num_rounds == NUM_ROUNDS else f" --num_rounds {num_rounds}"),
         "machine": machine("diffusers"),
         "num_threads": torch.get_num_threads(),
         "computed": {name: compute(recipe, batches) for name, (recipe, batches) in CASES.items()},
@@ -352,7 +369,9 @@ def to_markdown(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results_dir", type=Path, default=RESULTS, help="Where the tables are written.")
-    parser.add_argument("--num_rounds", type=int, default=9, help="Measured steps for each share; 0 measures nothing.")
+    parser.add_argument(
+        "--num_rounds", type=int, default=NUM_ROUNDS, help="Measured steps for each share; 0 measures nothing."
+    )
     args = parser.parse_args()
     if args.num_rounds < 0:
         parser.error(f"--num_rounds must be 0 or more, got {args.num_rounds}.")

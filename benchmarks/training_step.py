@@ -64,6 +64,7 @@ TEACHERS = {
     ),
 }
 CAPTION_VOCABULARY = 49408  # CLIP's
+WEIGHT_STD = 0.02
 
 
 @contextlib.contextmanager
@@ -125,6 +126,19 @@ def allocate(module: torch.nn.Module, device: str) -> None:
             setattr(part, name, new)
 
 
+@torch.no_grad()
+def set_values(module: torch.nn.Module) -> None:
+    """Give weights that are made without values normal ones: zeros would gate parts away, and cost less power."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(torch.empty(parameter.shape).normal_(std=WEIGHT_STD, generator=generator))
+    for buffer in module.buffers():
+        buffer.fill_(float(buffer.is_floating_point()))  # variances among them; integers are places, and zero
+
+
 class TrainingStep:
     """
     What a recipe trains, and a step of it. It is built without memory: call `allocate`. Within torch's
@@ -146,16 +160,20 @@ class TrainingStep:
         self.objective.train()
         enable_gradient_checkpointing(self.objective, checkpointing_share)
 
-    def allocate(self, device: str) -> "TrainingStep":
+    def allocate(self, device: str, random_weights: bool = False) -> "TrainingStep":
         """
-        Give everything memory, zeros for weights, and make the optimisers and the moving average.
+        Give everything memory, and make the optimisers and the moving average.
 
         Args:
             device (`str`): Where it computes from now on, in bfloat16 by autocast.
+            random_weights (`bool`, *optional*, defaults to `False`): Whether weights are those of [`set_values`], for
+                what is timed, or zeros, for what is computed.
         """
         self.device = device
         for module in (self.objective, *self.frozen, *filter(None, [self.discriminator])):
             allocate(module, device)
+            if random_weights:
+                set_values(module)
         self.optimizers = [self.recipe.make_optimizer(self.objective)]
         if self.discriminator is not None:
             rate = self.recipe.peak_discriminator_learning_rate
@@ -186,12 +204,32 @@ class TrainingStep:
             for name, shape in shapes.items()
         }
 
+    def random_inputs(self, batch_size: int, resolution: int) -> dict[str, torch.Tensor]:
+        """The like with values: pixels from -1 to 1, two fifths of the patches masked."""
+        generator = torch.Generator().manual_seed(1)
+        inputs = self.inputs(batch_size, resolution)
+        for name, tensor in inputs.items():
+            if name == "mask":
+                values = torch.rand(tensor.shape, generator=generator) < 0.4
+            elif name == "token_indices":
+                values = torch.randint(CAPTION_VOCABULARY - 1, tensor.shape, generator=generator)
+            else:
+                values = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(values.clamp(-1, 1) if name == "pixel_values" else values)
+        return inputs
+
     def draws(self, batch_size: int) -> dict[str, torch.Tensor]:
         """What is random in a look of the discriminator."""
         draws = sample_adversarial_draws(0, "benchmark", 0, range(batch_size))
         return {name: draw.to(self.device) for name, draw in draws.items()}
 
-    def passes(self, batch_size: int, resolution: int, adversarial: bool = True) -> None:
+    def passes(
+        self,
+        batch_size: int,
+        resolution: int,
+        adversarial: bool = True,
+        inputs: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """
         Forward and backward passes of one batch.
 
@@ -199,9 +237,10 @@ class TrainingStep:
             batch_size (`int`): Images.
             resolution (`int`): Their height and width in pixels.
             adversarial (`bool`, *optional*, defaults to `True`): Whether the discriminator has begun, if there is one.
+            inputs (`Mapping[str, torch.Tensor]`, *optional*): The batch; `None` for zeros.
         """
         judged = adversarial and self.discriminator is not None
-        inputs = self.inputs(batch_size, resolution)
+        inputs = self.inputs(batch_size, resolution) if inputs is None else inputs
         draws = self.draws(batch_size) if judged else None
         with torch.autocast(self.device, torch.bfloat16):
             scales = {"adversarial": float(adversarial)}
@@ -212,9 +251,9 @@ class TrainingStep:
                 opinion = self.discriminator(inputs["pixel_values"], reconstructions, draws)
             opinion["loss"].backward()
 
-    def __call__(self, batch_size: int, resolution: int) -> None:
+    def __call__(self, batch_size: int, resolution: int, inputs: Mapping[str, torch.Tensor] | None = None) -> None:
         """A whole step with all losses, also the optimisers' and the moving average's part."""
-        self.passes(batch_size, resolution)
+        self.passes(batch_size, resolution, inputs=inputs)
         clip_grad_norm_(self.objective.trainable_parameters(), self.recipe.max_grad_norm)
         if self.discriminator is not None:
             clip_grad_norm_(self.discriminator.parameters(), self.recipe.max_grad_norm)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 MAX_AUTOTUNE, CUDA_GRAPHS = "max-autotune", "cuda-graphs"
@@ -58,6 +60,13 @@ class Settings:
             module.compile(fullgraph=True, mode=COMPILE_MODES[self.mode])
 
 
+def count_flops(run: Callable[[], Any]) -> int:
+    """Operations of a call: products of matrices, attention and convolutions, a multiply-add being two."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
 @dataclass
 class Work:
     """
@@ -68,17 +77,29 @@ class Work:
         images (`int`): Images of a call.
         compile (`Callable[[], None]`, *optional*): Compiles what `run` uses, in place. Without it the case has no
             compiled mode.
-        counted (`bool`, *optional*, defaults to `True`): Whether operations are counted by running one call.
+        counted (`bool`, *optional*, defaults to `True`): Whether operations are counted and a share is formed.
+        count (`Callable[[], int]`, *optional*): Counts them, in the place of running `run` while that is watched.
         rival (`Callable[[], Any]`, *optional*): The same by the naive form, timed in turn with `run`.
-        warm (`Callable[[], Any]`, *optional*): A shorter call that warms up in the place of `run`.
+        warm (`Callable[[], Any]`, *optional*): A shorter call that is the first one, warms up and whose memory is
+            looked at, in the place of `run`.
     """
 
     run: Callable[[], Any]
     images: int
     compile: Callable[[], None] | None = None
     counted: bool = True
+    count: Callable[[], int] | None = None
     rival: Callable[[], Any] | None = None
     warm: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.warm = self.warm or self.run
+
+    def flops(self) -> int | None:
+        """Operations of a call, `None` if they are not counted. Call it before anything is compiled."""
+        if not self.counted:
+            return None
+        return count_flops(self.run) if self.count is None else self.count()
 
 
 @dataclass(frozen=True)

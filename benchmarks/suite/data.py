@@ -1,8 +1,9 @@
 """What happens around the networks: loading images, caching latents, computing metrics; and one process or two."""
 
+import concurrent.futures
 import multiprocessing
-import os
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from .models import NUM_CHANNELS, NUM_TOKENS, images, tokenizer
 NUM_JPEGS, JPEG_QUALITY, LOADING_BATCH = 256, 90, 32
 CACHE_BATCH = 4
 FEATURES = 2048
+MEETING_SECONDS = 300  # after which a process that waits for the others gives up
+start: threading.Barrier  # of processes that encode together
 
 
 def load_images(settings: Settings, num_workers: int) -> Work:
@@ -101,27 +104,34 @@ CASES = [
 # one process or two
 
 
-def encode_in_turn(batch_size: int, num_threads: int, start: "multiprocessing.Barrier", seconds: float, found) -> None:
-    """What a process of the curve does: encode until the time is over, and tell how many images it were a second."""
+def meet_at(barrier: "threading.Barrier") -> None:
+    """Give a process the barrier at which it waits for the others."""
+    global start
+    start = barrier
+
+
+def encode_for(seconds: float, batch_size: int, num_threads: int) -> float:
+    """What a process of the curve does: encode until the time is over; images a second."""
     torch.set_num_threads(num_threads)
     model = Settings("cpu", "float32", "eager").place(tokenizer())
     pixels = images(batch_size, 256, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         model.encode(pixels)
-        start.wait()
+        start.wait(MEETING_SECONDS)
         count, begin = 0, time.perf_counter()
         while time.perf_counter() - begin < seconds:
             model.encode(pixels)
             count += batch_size
-        found.put(count / (time.perf_counter() - begin))
+        return count / (time.perf_counter() - begin)
 
 
-def encoding_rate(num_processes: int, batch_size: int = 2, seconds: float = 15.0) -> float:
+def encoding_rate(num_processes: int, num_threads: int, batch_size: int = 2, seconds: float = 15.0) -> float:
     """
     Images per second that processes encode together, which share the threads of one.
 
     Args:
         num_processes (`int`): How many.
+        num_threads (`int`): CPU threads of all together.
         batch_size (`int`, *optional*, defaults to 2): Images of a call of each.
         seconds (`float`, *optional*, defaults to 15.0): How long.
 
@@ -129,13 +139,8 @@ def encoding_rate(num_processes: int, batch_size: int = 2, seconds: float = 15.0
         `float`: Images per second of all together.
     """
     context = multiprocessing.get_context("spawn")
-    start, found = context.Barrier(num_processes), context.Queue()
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
-    arguments = (batch_size, threads, start, seconds, found)
-    processes = [context.Process(target=encode_in_turn, args=arguments) for _ in range(num_processes)]
-    for process in processes:
-        process.start()
-    rates = [found.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return sum(rates)
+    arguments = (seconds, batch_size, max(1, num_threads // num_processes))
+    with concurrent.futures.ProcessPoolExecutor(
+        num_processes, mp_context=context, initializer=meet_at, initargs=(context.Barrier(num_processes),)
+    ) as pool:  # the end of one process is an error in all
+        return sum(one.result() for one in [pool.submit(encode_for, *arguments) for _ in range(num_processes)])

@@ -20,10 +20,9 @@ from maetok_hf.training.sit_recipe import SiTRecipe
 from maetok_hf.training.tokenizer_parts import make_tokenizer
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 
-from ..training_step import RECIPES
+from ..training_step import RECIPES, set_values
 
 
-WEIGHT_STD = 0.02
 NUM_TOKENS, NUM_CHANNELS, NUM_CLASSES = 128, 32, 1000
 TRANSFORMERS = {
     "SiT-S": "sit-s-256",
@@ -37,18 +36,10 @@ TRANSFORMERS = {
 SCHEDULERS = {"SDE": FlowMatchEulerMaruyamaScheduler, "ODE": FlowMatchEulerDiscreteScheduler}
 
 
-@torch.no_grad()
 def fill(module: nn.Module) -> nn.Module:
-    """Give a module that was built without memory its weights: normal, since zeros would leave out what they gate."""
-    generator = torch.Generator().manual_seed(0)
+    """Give a module that was built without memory its weights."""
     module.to_empty(device="cpu")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if not tensor.is_floating_point():
-            tensor.zero_()
-        elif "norm" in name and name.endswith("weight"):
-            tensor.fill_(1.0)
-        else:
-            tensor.normal_(std=WEIGHT_STD, generator=generator)
+    set_values(module)
     return module
 
 

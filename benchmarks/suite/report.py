@@ -12,6 +12,7 @@ HEAD = (
     "first call (s)", "peak (GB)",
 )  # fmt: skip
 RIVAL_HEAD = ("case", "type", "mode", "seconds a call", "naive form (s)", "times as fast")
+FIRST_IMAGE = ("import", "load", "first image", "second image")
 DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -63,11 +64,23 @@ def group_lines(name: str, records: Sequence[dict[str, Any]], cases: Iterable[Ca
             rivals = any("speedup" in record for record in mine)
             rows = [rival_row(record) if rivals else row(record) for record in mine]
             lines += [f"{DEVICE_NAMES[device]}:", "", *table(RIVAL_HEAD if rivals else HEAD, rows)]
-        measured = {record["case"] for record in mine}
-        missing = [case.name for case in cases if device in case.devices and case.name not in measured]
-        if missing:
+        mine_to_be = [case for case in cases if device in case.devices]
+        missing = [words for case in mine_to_be if (words := missing_of(case, device, mine))]
+        if missing and not mine:
+            lines += [f"{DEVICE_NAMES[device]}: not measured, {len(missing)} cases.", ""]
+        elif missing:
             lines += [f"{DEVICE_NAMES[device]}, not measured: {'; '.join(missing)}.", ""]
     return lines
+
+
+def missing_of(case: Case, device: str, records: Iterable[dict[str, Any]]) -> str:
+    """What of a case is not measured on a device: its name, with the settings if others of it are measured."""
+    measured = {(record["dtype"], record["mode"]) for record in records if record["case"] == case.name}
+    settings = [(one.dtype, one.mode) for one in case.settings([device], case.dtypes, case.modes)]
+    missing = [one for one in settings if one not in measured]
+    if not missing:
+        return ""
+    return case.name + (f" ({', '.join(map(' '.join, missing))})" if measured else "")
 
 
 def startup_lines(report: dict[str, Any]) -> list[str]:
@@ -80,10 +93,10 @@ def startup_lines(report: dict[str, Any]) -> list[str]:
         lines += ["Seconds of an import in a new process, what it imports itself included:", ""]
         lines += table(["import", "seconds"], rows)
     for record in report.get("first_images", []):
-        parts = ", ".join(
-            f"{name} {number(record[name])}" for name in ("import", "load", "first image", "second image")
-        )
-        lines += [f"- {record['case']}, {record['device']}, {record['dtype']}, {record['mode']}: {parts} s"]
+        parts = [f"{name} {number(record[name])} s" for name in FIRST_IMAGE if name in record]
+        if "failed" in record:
+            parts = [f"failed: {record['failed']}"]
+        lines += [f"- {record['case']}, {record['device']}, {record['dtype']}, {record['mode']}: {', '.join(parts)}"]
     if report.get("processes"):
         rows = [[count, number(rate)] for count, rate in report["processes"].items()]
         lines += ["", "Encoding in float32 by processes that share the cores, images/s of all together:", ""]
@@ -98,10 +111,13 @@ def to_markdown(report: dict[str, Any], cases: Sequence[Case], method: str) -> s
         f"{record['device']} {record['dtype']} {number(record['low'] / 1e9)} to {number(record['high'] / 1e9)}"
         for record in matmul_rates(report["records"])
     )
+    commits = dict.fromkeys(record["commit"] for record in report["records"] if record.get("commit"))
     lines = ["# Speed", "", *method.strip().splitlines(), ""]
     lines += [
         f"- {report['num_threads']} threads; {machine_line(report['machine'])}",
         f"- the matrix product of 2048 rows reached meanwhile, in GFLOP/s: {rates or 'not measured'}",
+        f"- commits: {', '.join(commits) or 'not known'}",
+        "- what is not measured is named under its table; `python -m benchmarks --list` names all cases",
         "",
         "```",
         report["command"],

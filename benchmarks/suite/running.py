@@ -3,15 +3,16 @@
 import concurrent.futures
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from ..machine import commit
 from .cases import Case, Settings
-from .timing import Effort, time_work
+from .timing import Effort, seconds_of, time_work
 
 
 def run_case(case: Case, settings: Settings, num_threads: int, effort: Effort) -> dict[str, Any]:
@@ -19,17 +20,18 @@ def run_case(case: Case, settings: Settings, num_threads: int, effort: Effort) -
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
     work = case.build(settings)
-    flops = None
-    if work.counted:
-        # products of matrices, attention and convolutions, a multiply-add being two operations
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            work.run()
-        flops = counter.get_total_flops()
-    if settings.mode != "eager":
-        assert work.compile is not None, f"{case.name} has no compiled mode"
-        work.compile()
-    timed = time_work(work, flops, settings.torch_device, settings.torch_dtype, effort)
-    return {"images": work.images, "flops": flops} | timed
+    # what an earlier process compiled would shorten the first call
+    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+        if settings.mode == "eager":
+            first = seconds_of(work.warm, settings.torch_device)
+            flops = work.flops()
+        else:
+            assert work.compile is not None, f"{case.name} has no compiled mode"
+            flops = work.flops()  # which is not done to compiled code
+            work.compile()
+            first = seconds_of(work.warm, settings.torch_device)
+        timed = time_work(work, flops, settings.torch_device, settings.torch_dtype, effort)
+    return {"images": work.images, "flops": flops, "first_call_seconds": first} | timed
 
 
 def identity(case: Case, settings: Settings | None = None) -> dict[str, str]:
@@ -49,7 +51,7 @@ def measure(case: Case, settings: Settings, num_threads: int, effort: Effort) ->
     except Exception as error:  # a case that runs out of memory or cannot be compiled is a result of the suite
         lines = str(error).splitlines() or [""]
         found = {"failed": f"{type(error).__name__}: {lines[0]}"[:300]}
-    found["load_average"] = round(os.getloadavg()[0], 2)
+    found |= {"load_average": round(os.getloadavg()[0], 2), "commit": commit()}
     return identity(case, settings) | found
 
 

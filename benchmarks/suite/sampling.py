@@ -1,11 +1,16 @@
 """Whole sampling runs by the pipeline, from noise to pixels."""
 
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import nn
 
-from .cases import DTYPES, USUAL_MODES, Case, Settings, Work
+from .cases import DTYPES, USUAL_MODES, Case, Settings, Work, count_flops
 from .models import pipeline
 
 
@@ -17,6 +22,33 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "autoguidance": {"guidance_scale": 1.9, "guidance_interval": INTERVAL},
     "GFT": {"guidance_scale": 1.9, "guidance_interval": INTERVAL},
 }
+
+
+def flops_of_passes(models: Sequence[nn.Module], run: Callable[[], Any]) -> int:
+    """
+    Operations of a run whose passes are of one size for each model: a pass of each is counted, the others are
+    skipped, with its result in the place of theirs.
+    """
+    total = 0
+
+    def counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+        found: list[Any] = []
+
+        def passing(*arguments: Any, **named: Any) -> Any:
+            nonlocal total
+            if not found:
+                flops = count_flops(lambda: found.append(forward(*arguments, **named)))
+                found.append(flops)
+            total += found[1]
+            return copy.deepcopy(found[0])  # as the run may write into it
+
+        return passing
+
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(patch.object(model, "forward", counting(model.forward)))
+        run()
+    return total
 
 
 def sample(settings: Settings, size: str, weak: str, scheme: str, solver: str, steps: int, batch_size: int) -> Work:
@@ -34,7 +66,7 @@ def sample(settings: Settings, size: str, weak: str, scheme: str, solver: str, s
         partial(run, steps),
         batch_size,
         lambda: settings.compile(*models[:-1], pipe.vae.decoder),
-        counted=False,
+        count=lambda: flops_of_passes([*models[:-1], pipe.vae.decoder], partial(run, steps)),
         warm=partial(run, 4),  # both phases of guidance
     )
 

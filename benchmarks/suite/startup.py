@@ -1,16 +1,17 @@
 """What comes before the steady state: the import, and the first image."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..machine import ROOT
 from .cases import Settings
 from .models import pipeline
 
@@ -27,6 +28,7 @@ from benchmarks.suite.cases import Settings
 from maetok_hf import MAETokDiffusionPipeline
 found = {"import": time.perf_counter() - begin}
 settings = Settings(*sys.argv[2:5])
+torch.set_num_threads(int(sys.argv[6]))
 pipe = MAETokDiffusionPipeline.from_pretrained(sys.argv[1], dtype=settings.torch_dtype).to(settings.device)
 pipe.set_progress_bar_config(disable=True)
 found["load"] = time.perf_counter() - begin - found["import"]
@@ -54,19 +56,21 @@ def import_seconds() -> dict[str, float]:
     return found
 
 
-def first_image(settings: Settings, size: str = "SiT-B", steps: int = STEPS) -> dict[str, Any]:
+def first_image(settings: Settings, num_threads: int, size: str = "SiT-B", steps: int = STEPS) -> dict[str, Any]:
     """
     Seconds from the start of a process to its first image, and of the second, which is the steady state.
 
     Args:
         settings ([`Settings`]): Device, type and mode.
+        num_threads (`int`): CPU threads.
         size (`str`, *optional*, defaults to `"SiT-B"`): The generator.
         steps (`int`, *optional*, defaults to 10): Steps of a run, with the default guidance.
 
     Returns:
-        `dict`: Seconds of `import`, `load`, `first image` (compilation is in it) and `second image`.
+        `dict`: Seconds of `import`, `load`, `first image` (compilation is in it) and `second image`; or `failed` with
+        the last line of what the process said.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         pipe = pipeline(size, "SDE")
         pipe.to(dtype=torch.float32).save_pretrained(folder)
         del pipe
@@ -79,10 +83,14 @@ def first_image(settings: Settings, size: str = "SiT-B", steps: int = STEPS) -> 
             settings.dtype,
             settings.mode,
             str(steps),
+            str(num_threads),
         ]
         begin = time.perf_counter()
-        output = subprocess.run(
-            words, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2]
+        # nothing that an earlier process compiled
+        ran = subprocess.run(
+            words, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
         )
         whole = time.perf_counter() - begin
-    return json.loads(output.stdout.splitlines()[-1]) | {"process": whole}
+    if ran.returncode:
+        return {"failed": (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1][:300]}
+    return json.loads(ran.stdout.splitlines()[-1]) | {"process": whole}

@@ -121,29 +121,27 @@ def time_work(
     work: Work, flops: int | None, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> dict[str, Any]:
     """
-    Time calls of some work, and of its rival in turn with them.
+    Time calls of some work, and of its rival in turn with them, now one first, now the other.
 
     Args:
-        work ([`~benchmarks.suite.cases.Work`]): The work. Its first call may compile.
+        work ([`~benchmarks.suite.cases.Work`]): The work, after its first call.
         flops (`int`, *optional*): Operations of a call; without it no share is formed.
         device (`torch.device`): Where it computes.
         dtype (`torch.dtype`): Type of the matrix product to compare with.
         effort ([`Effort`]): How much to measure.
 
     Returns:
-        `dict`: In plain types: seconds of the first call, quartiles of the seconds of the others, how many they were,
-        the matrix product's operations per second, quartiles of the share of that (`None` without `flops`), and the
-        peak memory in bytes after the first call; with a rival also its seconds, and how many times they are ours.
+        `dict`: In plain types: quartiles of the seconds of the calls, how many they were, the matrix product's
+        operations per second, quartiles of the share of that (`None` without `flops`), and the peak memory in bytes;
+        with a rival also its seconds, and how many times they are ours.
     """
-    warm = work.run if work.warm is None else work.warm
-    first = seconds_of(warm, device)
     begin = time.perf_counter()
     while True:
-        seconds_of(warm, device)
+        seconds_of(work.warm, device)
         if time.perf_counter() - begin >= effort.warmup_seconds:
             break
     memory = PeakMemory(device)
-    seconds_of(warm, device)
+    seconds_of(work.warm, device)
     peak = memory.read()
     if work.rival is not None:
         work.rival()
@@ -154,16 +152,15 @@ def time_work(
     while len(seconds) < effort.max_rounds:
         if len(seconds) >= effort.min_rounds and time.perf_counter() - begin > effort.seconds:
             break
-        seconds.append(seconds_of(work.run, device))
+        calls = [(work.run, seconds)] if work.rival is None else [(work.run, seconds), (work.rival, rival_seconds)]
+        for call, taken in calls if len(seconds) % 2 == 0 else reversed(calls):
+            taken.append(seconds_of(call, device))
         looks.append(rate.look())
-        if work.rival is not None:
-            rival_seconds.append(seconds_of(work.rival, device))
     around = [(before + after) / 2 for before, after in zip(looks[:-1], looks[1:], strict=True)]
     shares = None
     if flops is not None and work.rival is None:
         shares = [flops / own * product / MATMUL_FLOPS for own, product in zip(seconds, around, strict=True)]
     found = {
-        "first_call_seconds": first,
         "seconds": quartiles(seconds),
         "num_rounds": len(seconds),
         "matmul_flops_per_second": MATMUL_FLOPS / statistics.median(looks),

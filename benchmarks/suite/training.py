@@ -24,20 +24,24 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 def tokenizer_step(settings: Settings, losses: str, batch_size: int) -> Work:
     recipe = load_recipe(TokenizerRecipe, RECIPES / f"{TOKENIZER_RECIPE}.yaml", LOSSES[losses])
-    step = TrainingStep(recipe, recipe).allocate(settings.device)
+    step = TrainingStep(recipe, recipe).allocate(settings.device, random_weights=True)
+    inputs = step.random_inputs(batch_size, recipe.resolution)
 
     def compile_blocks() -> None:
         step.objective.compile_repeated_blocks(fullgraph=True)
         if step.discriminator is not None:
             step.discriminator.discriminator.compile_repeated_blocks(fullgraph=True)
 
-    return Work(partial(step, batch_size, 256), batch_size, compile_blocks)
+    return Work(partial(step, batch_size, recipe.resolution, inputs), batch_size, compile_blocks)
 
 
 def generator_step(settings: Settings, size: str, batch_size: int) -> Work:
-    step = GeneratorStep(load_recipe(SiTRecipe, RECIPES / f"{TRANSFORMERS[size]}.yaml")).allocate(settings.device)
+    recipe = load_recipe(SiTRecipe, RECIPES / f"{TRANSFORMERS[size]}.yaml")
+    step = GeneratorStep(recipe).allocate(settings.device, random_weights=True)
     return Work(
-        partial(step, batch_size), batch_size, lambda: step.transformer.compile_repeated_blocks(fullgraph=True)
+        partial(step, batch_size, step.random_inputs(batch_size)),
+        batch_size,
+        lambda: step.transformer.compile_repeated_blocks(fullgraph=True),
     )
 
 

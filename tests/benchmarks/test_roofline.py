@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import roofline
+from benchmarks.suite.cases import Work
 from benchmarks.suite.timing import MATMUL_FLOPS
 from maetok_hf.models.layers import TransformerBlock
 
@@ -24,19 +25,25 @@ def test_operations_are_those_of_a_block():
 
 
 def test_shares_are_those_of_the_products_of_the_same_round():
+    work = Work(lambda: None, images=1, compile=lambda: None, count=lambda: MATMUL_FLOPS)
+    model = roofline.Model("small model", {SMALL: 3}, lambda settings: work)
     parts = {name: lambda: None for name in SMALL.flops()}
-    # of a round: the product, the parts, the product again; the first round does not count
-    seconds = iter([9.0] * 6 + [1.0, 1.0, 1.0, 1.0, 1.0, 3.0])
+    # of a round: the product, the parts, the product, the model, the product; the first round does not count
+    seconds = iter([9.0] * 8 + [1.0, 1.0, 1.0, 1.0, 1.0, 3.0, 20.0, 5.0])
     with (
         patch.object(roofline, "parts_of", lambda block, dtype: parts),
         patch.object(roofline, "seconds_of", lambda work, device: next(seconds)),
     ):
-        found = roofline.measure(SMALL, torch.float32, num_rounds=1)
+        found = roofline.measure(model, "float32", num_rounds=1)
     total = sum(SMALL.flops().values())
-    assert found["share"]["median"] == pytest.approx(total / 4 * 2 / MATMUL_FLOPS)
+    bound = total / 4 * 2 / MATMUL_FLOPS  # three equal blocks are as fast as one
+    assert found["blocks"]["small"]["share"]["median"] == found["bound"]["median"] == pytest.approx(bound)
+    assert found["share"]["median"] == pytest.approx(4 / 20)  # 20 s for what the product does in 4
+    assert found["share_of_bound"]["median"] == pytest.approx(4 / 20 / bound)
     facts = {"processors": 2, "architecture": "x", "accelerators": [], "python": "3", "packages": {}}
     report = {"command": "c", "num_rounds": 1, "num_threads": 1, "machine": facts}
-    text = roofline.to_markdown(report | {"rows": [{"block": "small", "dtype": "float32", **found}]})
+    text = roofline.to_markdown(report | {"rows": [{"model": "small model", "dtype": "float32", **found}]})
+    assert "| small model | float32 | 20000 | 20 (20 to 20) |" in text
     assert "| small | float32 | 1000.00 ms" in text
 
 

@@ -58,11 +58,18 @@ def test_share_is_that_of_the_products_around_a_call():
 
 
 def test_rival_is_timed_in_turn_and_compared_call_by_call():
-    ours, theirs = iter([1.0, 1.0, 1.0, 2.0, 4.0]), iter([0.0, 3.0, 12.0])
-    work = Work(lambda: next(ours), images=1, rival=lambda: next(theirs))
+    calls = []
+
+    def call(name, seconds):
+        calls.append(name)
+        return next(seconds)
+
+    ours, theirs = iter([1.0, 1.0, 2.0, 4.0]), iter([0.0, 3.0, 12.0])
+    work = Work(lambda: call("ours", ours), images=1, rival=lambda: call("theirs", theirs))
     with patch.object(timing, "MatmulRate", SteadyRate), told_seconds():
         found = time_work(work, 100, CPU, torch.float32, QUICK)
-    # after the first call, the warm-up and the one whose memory is looked at
+    # after the warm-up, the one whose memory is looked at and the rival's first
+    assert calls[3:] == ["ours", "theirs", "theirs", "ours"]
     assert found["speedup"]["median"] == (3.0 / 2.0 + 12.0 / 4.0) / 2
     assert found["share_of_matmul"] is None
 
@@ -95,6 +102,7 @@ def test_operations_of_a_transformer_follow_the_formula():
         found = run_case(Case("group", "name", build), SETTINGS, 1, QUICK)
     expected = flops_of_sit(config.num_layers, width, config.sample_size, config.in_channels, batch=3)
     assert found["flops"] == expected and found["images"] == 3
+    assert found["first_call_seconds"] > 0
 
 
 def test_published_size_has_the_operations_of_the_formula():
@@ -183,7 +191,8 @@ def test_tables_say_what_was_measured_failed_or_not_measured():
     assert "| a | float32 | eager | 2 (2 to 2) | 2 | 2 | 50 (50 to 50) | 9 | 1 |" in text
     assert "failed: MemoryError: no" in text
     assert text.index("| a |") < text.index("| b |")  # in the order of the cases
-    assert "CPU, not measured: c." in text and "CUDA, not measured: a." in text
+    assert "CPU, not measured: a (float32 compiled, bfloat16 eager, bfloat16 compiled); b (" in text
+    assert "; c." in text and "CUDA: not measured, 1 cases." in text
     assert "How." in text and "the command" in text and "cpu float32 300 to 300" in text
 
 
