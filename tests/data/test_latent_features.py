@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from maetok_hf.data import LatentLayout, ShardWriter, StreamingLatents, open_latents
+from maetok_hf.data import LatentLayout, LatentSource, ShardWriter, StreamingLatents, open_latents
 from maetok_hf.data.sources import ParquetSource
 from tests.data.latent_caches import SETTINGS, SHAPE, features, labels, values, write_cache
 
@@ -68,6 +68,34 @@ def test_a_row_that_stands_in_for_another_brings_its_own_features(make_source):
         assert (batch["latents"][:, 0, 0].long() % 3).tolist() == batch["class_labels"].tolist()
         replaced += int(batch["replaced"].sum())
     assert replaced > 16
+
+
+def test_a_stand_in_from_another_block_brings_its_own_features_and_no_second_block(make_source, monkeypatch):
+    """Features are what a worker's memory goes to, so that there must never be two blocks of them."""
+    chunks, inner = [], LatentSource.read_features
+
+    def read_features(self, chunk, num_views):
+        chunks.append(chunk)
+        return inner(self, chunk, num_views)
+
+    monkeypatch.setattr(LatentSource, "read_features", read_features)
+    settings = {"with_features": True, "require_labels": True, "random_flip": False, "shuffle": False}
+    unlabeled = [*range(16, 34), *range(48, 61)]
+    take(make_source("labeled"), MICRO_BATCHES, **settings)
+    num_of_blocks = len(chunks)
+    chunks.clear()
+    batches = take(make_source("rich", unlabeled=unlabeled), MICRO_BATCHES, **settings)
+    # Blocks of 16 rows in 4 chunks, streams of 14 rows: the second block is read by two streams, the fourth by one.
+    assert len(chunks) == num_of_blocks + 3
+    for batch in batches:
+        for number, row in enumerate(batch["indices"].tolist()):
+            shown = row
+            if 16 <= row < 34:
+                shown = 34  # of the third block
+            elif row >= 48:
+                shown = 0  # the first block comes after the last one
+            assert torch.equal(batch["latents"][number], torch.from_numpy(values([shown], dtype="float32")[0, 0]))
+            assert np.array_equal(batch["token_features"][number].numpy(), features([shown])[0, 0])
 
 
 def test_a_cache_with_features_gives_the_same_latents_and_reads_nothing_else(make_source, monkeypatch):

@@ -117,6 +117,16 @@ class LatentSource:
         labels = table.column("label").fill_null(-1).to_numpy()
         return LatentRows(np.stack(_lists(table, VIEWS[:num_views])), labels, table.column("index").to_numpy())
 
+    def read_labels(self, chunk: int) -> np.ndarray:
+        """
+        Args:
+            chunk (`int`): Number of a chunk.
+
+        Returns:
+            `np.ndarray`: int64 of shape `(chunk_sizes[chunk],)`, -1 for a missing label; no latents are read for them.
+        """
+        return self._files.read_table(chunk, ["label"]).column("label").combine_chunks().fill_null(-1).to_numpy()
+
     def read_features(self, chunk: int, num_views: int) -> list[np.ndarray]:
         """
         Args:
@@ -394,6 +404,7 @@ class _LatentStream(EpochStream):
         self.latents = latents
         self.rows: LatentRows | None = None
         self.places = np.empty(0, dtype=np.int64)  # of the rows in their order
+        self.substitute: LatentRows | None = None  # for all rows of a block without a label
 
     def read_block(self, block: int) -> tuple[LatentRows, np.ndarray]:
         """The rows of a block as they are stored, and their places in the order of this epoch."""
@@ -417,7 +428,7 @@ class _LatentStream(EpochStream):
         return features
 
     def load(self, block: int) -> None:
-        self.rows = None  # its memory is free before the next one is read
+        self.rows = self.substitute = None  # the memory is free before the next block is read
         self.rows, self.places = self.read_block(block)
 
     def micro_batch(self, start: int) -> dict[str, Any]:
@@ -470,10 +481,34 @@ class _LatentStream(EpochStream):
 
     def stand_in(self, offset: int) -> tuple[LatentRows, int]:
         """The first row with a label after `offset` in the current block (round the block), then in the next ones."""
-        rows, places = self.rows, np.roll(self.places, -offset)
-        for step in range(1, self.order.num_blocks + 1):
-            found = np.flatnonzero(rows.labels[places] >= 0)
-            if len(found):
-                return rows, int(places[found[0]])
-            rows, places = self.read_block((self.block + step) % self.order.num_blocks)
+        places = np.roll(self.places, -offset)
+        found = np.flatnonzero(self.rows.labels[places] >= 0)
+        if len(found):
+            return self.rows, int(places[found[0]])
+        if self.substitute is None:
+            self.substitute = self.read_substitute()
+        return self.substitute, 0
+
+    def read_substitute(self) -> LatentRows:
+        """
+        The first row with a label in the next blocks, by itself. Of these nothing else is kept, and beside labels
+        only the row's chunk is read: a second block of features would take as much memory as the current one.
+        """
+        source, num_views = self.latents.source, self.latents.num_views
+        for step in range(1, self.order.num_blocks):
+            block = (self.block + step) % self.order.num_blocks
+            chunks = self.chunks_of(block)
+            places = self.row_order(block)
+            found = np.flatnonzero(np.concatenate([source.read_labels(chunk) for chunk in chunks])[places] >= 0)
+            if not len(found):
+                continue
+            place, ends = places[found[0]], np.cumsum(source.chunk_sizes[chunks])
+            number = int(np.searchsorted(ends, place, side="right"))
+            chunk, row = chunks[number], int(place - ends[number])  # counted from the chunk's end
+            latents, labels, indices, _ = source.read_chunk(chunk, num_views)
+            substitute = LatentRows(latents[:, [row]], labels[[row]], indices[[row]])
+            if self.latents.with_features:
+                features = [values[[row]] for values in source.read_features(chunk, num_views)]
+                substitute = substitute._replace(features=np.stack(features))
+            return substitute
         raise AssertionError("some row has a label")
