@@ -1,8 +1,8 @@
 """Attention in bfloat16 on a CPU: by how much keys that are padded to a multiple of 32 shorten it.
 
 Torch's attention on CPUs takes some lengths of the sequence much longer than the next multiple of 32, on processors
-with matrix units for bfloat16 above all. `maetok_hf.models.layers.pad_keys` lengthens keys and values in the range
-where that was found; here both forms are timed call by call in turn, for lengths inside and outside of it, at the
+with matrix units for bfloat16 above all. `maetok_hf.models.layers.pad_keys` lengthens keys and values of the lengths
+for which that was found; here both forms are timed call by call in turn, for such lengths and for others, at the
 published tokenizer's heads. The padding itself, a copy of keys and values, is in the padded form's time.
 
     python -m benchmarks.attention
@@ -30,11 +30,16 @@ BATCH_SIZE, HEADS, HEAD_DIM = 4, 12, 64
 LENGTHS = {
     130: "U-SiT",
     193: "",
+    208: "",
     257: "image and class tokens at 256 x 256",
+    289: "",
     321: "",
+    353: "",
     385: "the published encoder at 256 x 256",
+    400: "",
     417: "",
     449: "",
+    465: "",
     481: "",
     513: "",
     1025: "image and class tokens at 512 x 512",
@@ -47,7 +52,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pads:
     """Attention of tensors of shape `(batch_size, length, heads, head_dim)`, with padded keys or not."""
     mask = None
     if pads:
-        with patch.object(layers, "_PADDED_KEYS", (1, 10**6)):
+        with patch.object(layers, "padded_length", lambda length: length + -length % 32):
             key, value, mask = layers.pad_keys(key, value)
     heads_first = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
@@ -71,7 +76,7 @@ def compare_lengths(lengths: dict[int, str], num_rounds: int) -> list[dict[str, 
             {
                 "length": length,
                 "name": name,
-                "padded_by_library": layers._PADDED_KEYS[0] <= length < layers._PADDED_KEYS[1],
+                "padded_by_library": layers.padded_length(length) > length,
                 "milliseconds": quartiles(times[False]),
                 "padded_milliseconds": quartiles(times[True]),
                 "times_as_fast": quartiles(ratios),

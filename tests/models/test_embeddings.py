@@ -1,6 +1,8 @@
 """Position tables: fixed, resampled, rotary."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -171,3 +173,69 @@ def test_frequencies_learn():
     rope = MixedRotaryEmbedding(2, 2, 8)
     sum(cos.square().sum() + sin.sum() for cos, sin in rope((3, 3), 1, 1)).backward()
     assert rope.freqs.grad.isfinite().all() and (rope.freqs.grad != 0).all()
+
+
+def test_tables_are_kept_for_a_shape_and_made_anew_for_another():
+    rope = MixedRotaryEmbedding(2, 1, 8)
+    with torch.no_grad():
+        first = rope((2, 3), 1, 0)
+        assert rope((2, 3), 1, 0) is first
+        for shape in (((3, 2), 1, 0), ((2, 3), 0, 1)):
+            tables = rope(*shape)
+            assert not torch.equal(tables[0][0], first[0][0]) and rope(*shape) is tables
+        again = rope((2, 3), 1, 0)
+    assert all(map(torch.equal, *(sum(tables, ()) for tables in (first, again))))
+
+
+def add_through_data(rope):
+    rope.freqs.data.add_(1)  # as moving averages are copied to a model, which no version of the tensor counts
+
+
+def load(rope):
+    rope.load_state_dict({"freqs": rope.freqs + 1})
+
+
+def train(rope):
+    optimizer = torch.optim.SGD(rope.parameters(), lr=1.0)
+    with torch.enable_grad():
+        sum(cos.sum() + sin.sum() for cos, sin in rope((2, 3), 1, 0)).backward()
+    optimizer.step()
+
+
+def replace(rope):
+    rope.freqs = torch.nn.Parameter(rope.freqs + 1)
+
+
+CHANGES = [add_through_data, load, train, replace, torch.nn.Module.double, torch.nn.Module.bfloat16]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_kept_tables_follow_the_frequencies(change):
+    torch.manual_seed(0)
+    rope = MixedRotaryEmbedding(2, 1, 8)
+    before = rope((2, 3), 1, 0)
+    change(rope)
+    fresh = MixedRotaryEmbedding(2, 1, 8)
+    fresh.freqs = rope.freqs
+    for kept, made, old in zip(rope((2, 3), 1, 0), fresh((2, 3), 1, 0), before, strict=True):
+        for table, expected, former in zip(kept, made, old, strict=True):
+            assert table.dtype == expected.dtype and torch.equal(table, expected)
+            assert table.dtype != former.dtype or not torch.equal(table, former)
+
+
+def test_tables_are_not_kept_for_gradients_transforms_or_copies():
+    rope = MixedRotaryEmbedding(2, 1, 8)
+    with torch.no_grad():
+        kept = rope((2, 3), 1, 0)
+        for copied in (copy.deepcopy(rope), pickle.loads(pickle.dumps(rope))):
+            assert copied._kept is None and torch.equal(copied((2, 3), 1, 0)[1][0], kept[1][0])
+        several = torch.stack([rope.freqs, 2 * rope.freqs])
+
+        def first_table(freqs):
+            return torch.func.functional_call(rope, {"freqs": freqs}, ((2, 3), 1, 0))[0][0]
+
+        both = torch.func.vmap(first_table)(several)
+        assert torch.equal(both[0], kept[0][0]) and not torch.equal(both[1], kept[0][0])
+    tables = rope((2, 3), 1, 0)
+    assert tables is not kept and tables[0][0].requires_grad

@@ -140,13 +140,10 @@ def test_block_whose_other_tokens_do_not_leave_has_the_same_tokens_and_gradients
         torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [192, 385, 511])
+@pytest.mark.parametrize("length", [193, 385, 511])
 def test_padded_keys_change_nothing_and_pad_to_fast_lengths(length):
     query, key, value = (seeded_normal(1, length, 2, 8, seed=seed).to(torch.bfloat16) for seed in range(3))
     padded_key, padded_value, mask = pad_keys(key, value)
-    if length % 32 == 0:
-        assert padded_key is key and padded_value is value and mask is None
-        return
     assert padded_key.shape == padded_value.shape == (1, length + -length % 32, 2, 8)
     assert mask.sum() == length and mask[..., :length].all()
 
@@ -159,15 +156,19 @@ def test_padded_keys_change_nothing_and_pad_to_fast_lengths(length):
     )
 
 
-@pytest.mark.parametrize(("length", "dtype"), [(385, torch.float32), (191, torch.bfloat16), (513, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(385, torch.float32), *((length, torch.bfloat16) for length in (191, 192, 208, 321, 384, 417, 449, 513))],
+)
 def test_keys_are_not_padded_where_that_gains_nothing(length, dtype):
-    key = torch.zeros(1, length, 1, 2, dtype=dtype)
-    assert pad_keys(key, key)[0] is key
+    key, value = torch.zeros(2, 1, length, 1, 2, dtype=dtype)
+    padded_key, padded_value, mask = pad_keys(key, value)
+    assert padded_key is key and padded_value is value and mask is None
 
 
 def test_padding_compiles_where_the_length_is_not_known():
     compiled = torch.compile(pad_keys, fullgraph=True, dynamic=True, backend="eager")
-    for length in (385, 200, 600, 384):
+    for length in (385, 200, 600, 384, 417):
         key = seeded_normal(1, length, 2, 8).to(torch.bfloat16)
         for one, other in zip(compiled(key, key), pad_keys(key, key), strict=True):
             assert one is other is None or torch.equal(one, other)
@@ -235,13 +236,93 @@ def test_modulation_is_silu_then_linear():
     assert torch.equal(torch.cat(terms, -1), expected)
 
 
-def test_only_the_latent_tokens_are_modulated():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_the_latent_tokens_are_modulated(in_place):
     x, shift, scale = seeded_normal(2, 7, 4), seeded_normal(2, 3, 4, seed=1), seeded_normal(2, 3, 4, seed=2)
     changed = x.clone()
-    output = modulate_latents(changed, shift, scale)
-    assert output is changed
+    output = modulate_latents(changed, shift, scale, in_place)
+    assert (output is changed) == in_place and torch.equal(changed, x) != in_place
     assert torch.equal(output[:, :4], x[:, :4])
     assert torch.equal(output[:, 4:], x[:, 4:] * scale + shift)
+
+
+def test_modulation_keeps_no_more_than_the_latents_for_the_backward_pass():
+    tokens, kept = seeded_normal(2, 50, 4).requires_grad_() * 1, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    shift, scale = seeded_normal(2, 3, 4).requires_grad_(), seeded_normal(2, 3, 4, seed=1).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        modulate_latents(tokens, shift, scale)
+    assert kept and max(kept.values()) == 4 * shift.numel()
+
+
+def modulated_block():
+    return randomize_parameters(TransformerBlock(12, 3, 4, modulation="latent", conditioning_dim=2)).eval()
+
+
+@torch.no_grad()
+def test_latents_are_modulated_in_place_only_where_nobody_sees_it():
+    block, x, latent = modulated_block(), seeded_normal(2, 7, 12), seeded_normal(2, 3, 2, seed=1)
+    expected, asked = block(x, latent), []
+
+    def record(hidden_states, shift, scale, in_place=False):
+        asked.append(in_place)
+        return modulate_latents(hidden_states, shift, scale, in_place)
+
+    def seen():
+        asked.clear()
+        assert torch.equal(block(x, latent), expected)
+        return [not in_place for in_place in asked]
+
+    with patch("maetok_hf.models.layers.modulate_latents", record):
+        assert seen() == [False, False]
+        with torch.enable_grad():
+            assert seen() == [True, True]
+        hook = block.norm2.register_forward_hook(lambda module, args, output: None)
+        assert seen() == [False, True]
+        hook.remove()
+        hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+        assert seen() == [True, True]
+        hook.remove()
+        block.norm1.forward = block.norm1.forward
+        assert seen() == [True, False]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_a_forward_hook_keeps_does_not_change(gradients):
+    block, x, kept = modulated_block(), seeded_normal(2, 7, 12), []
+    for norm_ in (block.norm1, block.norm2):
+        norm_.register_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
+    with torch.set_grad_enabled(gradients):
+        block(x, seeded_normal(2, 3, 2, seed=1))
+    assert len(kept) == 2 and all(torch.equal(output, copy) for output, copy in kept)
+
+
+def test_full_backward_hooks_see_gradients_and_change_none():
+    block, x = modulated_block(), seeded_normal(2, 7, 12).requires_grad_()
+    latent = seeded_normal(2, 3, 2, seed=1).requires_grad_()
+    inputs, found, called = [x, latent, *block.parameters()], [], set()
+    for hooked in (False, True):
+        if hooked:
+            for name, module in block.named_modules():
+                if not isinstance(module, nn.ModuleList):  # which is never called
+                    module.register_full_backward_hook(lambda module, *_, name=name: called.add(name))
+        found.append(torch.autograd.grad(block(x, latent).square().sum(), inputs))
+    assert {"norm1", "norm2", "attn", "ff", "modulation"} <= called
+    for plain, hooked in zip(*found, strict=True):
+        assert torch.equal(hooked, plain)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_blocks_of_a_batch_are_the_blocks_of_its_members(gradients):
+    block, x, latent = modulated_block(), seeded_normal(2, 7, 12), seeded_normal(3, 2, 3, 2, seed=1)
+    with torch.set_grad_enabled(gradients):
+        batched = torch.func.vmap(lambda conditioning: block(x, conditioning))(latent)
+        members = torch.stack([block(x, conditioning) for conditioning in latent])
+    torch.testing.assert_close(batched, members, atol=1e-5, rtol=1e-5)
 
 
 def norm(x):

@@ -1,6 +1,7 @@
 """Position tables: fixed 1D sine-cosine, 1D rotary, learned absolute grids that can be resampled, mixed 2D rotary."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,11 @@ class MixedRotaryEmbedding(nn.Module):
         shape = (2, num_layers, num_attention_heads * attention_head_dim // 2)
         self.freqs = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_parameters()
+        # (frequencies, shape of the sequence, tables) of the last pass that may keep them
+        self._kept: tuple[torch.Tensor, tuple, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}  # copies make their own tables
 
     def reset_parameters(self) -> None:
         """Axial frequencies `theta ** (-4 k / head_dim)`, turned by one random angle per layer and head."""
@@ -113,9 +119,9 @@ class MixedRotaryEmbedding(nn.Module):
         self, grid: tuple[int, int], num_prefix_tokens: int, num_suffix_tokens: int
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """
-        Cosine and sine tables of every layer for a sequence of prefix, image (row-major) and suffix tokens. They are
-        made once a pass, for all layers together; keeping them longer would miss a change of the frequencies, which
-        are weights, wherever it does not go through autograd (moving averages, adapters).
+        Cosine and sine tables of every layer for a sequence of prefix, image (row-major) and suffix tokens, made for
+        all layers together. Without gradients a CPU keeps those of the last shape, as long as the frequencies have the
+        values they were made from.
 
         Args:
             grid (`tuple[int, int]`): Rows and columns of the image tokens; positions are their integer coordinates.
@@ -125,6 +131,27 @@ class MixedRotaryEmbedding(nn.Module):
             `list` of one `(cos, sin)` pair per layer, each float32 (float64 in a float64 model) of shape
             `(num_prefix_tokens + rows * columns + num_suffix_tokens, heads, head_dim // 2)`.
         """
+        if not self._keeps_tables():
+            return self._tables(grid, num_prefix_tokens, num_suffix_tokens)
+        freqs, shape = self.freqs, (*grid, num_prefix_tokens, num_suffix_tokens)
+        if self._kept is not None:
+            kept_freqs, kept_shape, tables = self._kept
+            # values, because a version does not count changes through `.data`, which moving averages make
+            if kept_shape == shape and kept_freqs.dtype == freqs.dtype and torch.equal(kept_freqs, freqs):
+                return tables
+        tables = self._tables(grid, num_prefix_tokens, num_suffix_tokens)
+        self._kept = (freqs.detach().clone(), shape, tables)
+        return tables
+
+    def _keeps_tables(self) -> bool:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return False
+        # elsewhere the comparison would wait for the device; fake and sharded weights have no values to compare
+        return self.freqs.device.type == "cpu" and type(self.freqs) is nn.Parameter
+
+    def _tables(
+        self, grid: tuple[int, int], num_prefix_tokens: int, num_suffix_tokens: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         freqs = self.freqs.to(torch.promote_types(self.freqs.dtype, torch.float32))
         freqs = freqs.unflatten(-1, (self.num_attention_heads, -1)).unsqueeze(2)  # (2, layers, 1, heads, head_dim / 2)
         rows, columns = (torch.arange(n, dtype=freqs.dtype, device=freqs.device) for n in grid)

@@ -15,10 +15,12 @@ from diffusers.models.attention_dispatch import (
 from torch import nn
 
 
-# Keys in bfloat16 on a CPU: some lengths between these take torch's attention 2.5 times as long as the next multiple,
-# those of the published encoder (385) among them; see benchmarks/results/attention.md
+# Keys in bfloat16 on a CPU: many lengths between these take torch's attention up to 2.5 times as long as the next
+# multiple, that of the published encoder (385) among them; see benchmarks/results/attention.md
 _PADDED_KEYS = (192, 512)  # at least, below
 _PADDED_MULTIPLE = 32
+_FAST_MULTIPLE = 16  # these are fast as they are,
+_FAST_KEYS = ((321, 324), (416, 451))  # and among these are some for which the longer ones gain nothing
 
 
 def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -42,6 +44,22 @@ def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.
     return torch.cat(rotated, dim=-1).to(hidden_states.dtype)
 
 
+def padded_length(length: int) -> int:
+    """
+    To how many keys in bfloat16 on a CPU `length` keys are lengthened.
+
+    Args:
+        length (`int`): Number of keys.
+
+    Returns:
+        `int`: The next multiple of 32, or `length` itself where torch's attention is not faster for it.
+    """
+    fast = length % _FAST_MULTIPLE == 0 or any(low <= length < high for low, high in _FAST_KEYS)
+    if fast or not _PADDED_KEYS[0] <= length < _PADDED_KEYS[1]:
+        return length
+    return length + -length % _PADDED_MULTIPLE
+
+
 def pad_keys(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
     Lengthen keys and values on a CPU where torch's attention is faster for it.
@@ -54,12 +72,15 @@ def pad_keys(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torc
         padding, `None` if nothing was padded.
     """
     length = key.shape[1]
-    missing = -length % _PADDED_MULTIPLE
-    low, high = _PADDED_KEYS
-    if key.device.type != "cpu" or key.dtype != torch.bfloat16 or not low <= length < high or missing == 0:
+    if key.device.type != "cpu" or key.dtype != torch.bfloat16:
         return key, value, None
-    key, value = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (key, value))
-    mask = torch.arange(length + missing, device=key.device) < length
+    padded = padded_length(length)
+    if padded == length:
+        return key, value, None
+    # not `F.pad`, which fills all of its output before it copies the input
+    padding = key.new_zeros(key.shape[0], padded - length, *key.shape[2:])
+    key, value = (torch.cat([part, padding], dim=1) for part in (key, value))
+    mask = torch.arange(padded, device=key.device) < length
     return key, value, mask.view(1, 1, 1, -1)
 
 
@@ -239,23 +260,45 @@ class Modulation(nn.Module):
         return self.linear(F.silu(conditioning)).chunk(self.num_chunks, dim=-1)
 
 
-def modulate_latents(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def modulate_latents(
+    hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, in_place: bool = False
+) -> torch.Tensor:
     """
-    Scale and shift the trailing latent tokens of a sequence in place: the others, the most, are not even copied.
+    Scale and shift the trailing latent tokens of a sequence.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, dim)`): Tokens; the latents come last.
-            They are changed, so they must not be needed elsewhere: the output of a norm is not.
         shift, scale (`torch.Tensor` of shape `(batch_size, num_latent_tokens, dim)`): Applied as `x * scale + shift`.
+        in_place (`bool`, *optional*, defaults to `False`):
+            Whether `hidden_states` itself is changed: the other tokens, the most, are then not even copied.
 
     Returns:
-        `torch.Tensor`: `hidden_states`.
+        `torch.Tensor`: Shape of `hidden_states`, or `hidden_states` itself.
     """
     others = hidden_states.shape[1] - scale.shape[1]
-    if torch.compiler.is_compiling():  # which fuses the copy, and may fail on changes in place (torch 2.14, freezing)
-        return torch.cat([hidden_states[:, :others], hidden_states[:, others:] * scale + shift], dim=1)
-    hidden_states[:, others:].mul_(scale).add_(shift)
-    return hidden_states
+    if in_place:
+        hidden_states[:, others:].mul_(scale).add_(shift)
+        return hidden_states
+    # cloned: the gradient of `scale` needs the latents, and a view of them would keep all other tokens as well
+    latents = hidden_states[:, others:].clone()
+    return torch.cat([hidden_states[:, :others], latents * scale + shift], dim=1)
+
+
+def is_private(norm: nn.Module) -> bool:
+    """
+    Whether nobody but its caller can come to hold the output of a norm.
+
+    Args:
+        norm (`torch.nn.Module`): The norm.
+
+    Returns:
+        `bool`: False with gradients, under transforms of `torch.func` or the compiler (which fuses copies, and fails
+        on some changes in place), and with hooks on the norm or on all modules.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    # diffusers' and accelerate's hooks replace `forward`
+    return not (norm._forward_hooks or "forward" in vars(norm) or nn.modules.module._has_any_global_hook())
 
 
 class TransformerBlock(nn.Module):
@@ -349,14 +392,14 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(hidden_states)
         if self.modulation_type == "latent":
             shift1, scale1, shift2, scale2 = self.modulation(conditioning)  # (B, L, dim) each
-            normed = modulate_latents(normed, shift1, scale1)
+            normed = modulate_latents(normed, shift1, scale1, is_private(self.norm1))
         attended = self.attn(normed, rotary_emb=rotary_emb, kept=kept)
         if kept is not None:
             hidden_states = hidden_states[:, kept]
         hidden_states = hidden_states + self.drop_path(self.scale1(attended))
         normed = self.norm2(hidden_states)
         if self.modulation_type == "latent" and kept is None:  # latents, which are modulated, do not leave a decoder
-            normed = modulate_latents(normed, shift2, scale2)
+            normed = modulate_latents(normed, shift2, scale2, is_private(self.norm2))
         return hidden_states + self.drop_path(self.scale2(self.ff(normed)))
 
 
