@@ -72,7 +72,13 @@ from maetok_hf.training.latent_statistics import LatentStatistics, summarize_sta
 from maetok_hf.training.model_card import public_name
 from maetok_hf.training.resumption import check_identity
 from maetok_hf.training.targets import explained_loading
-from maetok_hf.training.token_features import TokenFeatureEncoder, load_cached_teacher, teacher_identity
+from maetok_hf.training.token_features import (
+    TokenFeatureEncoder,
+    find_stored_teacher,
+    load_cached_teacher,
+    stored_digest,
+    teacher_identity,
+)
 
 
 logger = logging.getLogger("maetok_hf.cache_latents")
@@ -143,13 +149,15 @@ class LatentCaching:
         tokenizer = load_tokenizer(*address, self.tokenizer_commit)
         self.encoder_digest = encoder_digest(tokenizer)
         self.tokenizer = tokenizer.to(self.state.device)
-        self.teacher = self.alignment = self.teacher_commit = None
+        self.teacher = self.alignment = self.teacher_commit = self.teacher_files = None
         if (name := options.alignment_model) is not None:
             with explained_loading(name):
                 self.teacher_commit = resolve_commit(name)
             choice = (options.alignment_dtype, tokenizer, options.resolution)
             teacher = load_cached_teacher(name, *choice, revision=self.teacher_commit)
             self.alignment = teacher_identity(teacher, name)
+            if (stored := find_stored_teacher(name, self.teacher_commit)) is not None:
+                self.teacher_files = stored_digest(stored)
             self.teacher = teacher.to(self.state.device)
         self.source = open_images(
             options.dataset_name,
@@ -342,6 +350,7 @@ class LatentCaching:
             num_patches = (options.resolution // self.teacher.patch_size) ** 2
             described["alignment"] = self.alignment | {
                 "revision": self.teacher_commit,
+                "stored_digest": self.teacher_files,
                 "patches_per_token": num_patches // self.layout.num_tokens,
                 "num_bytes": metadata["num_rows"] * self.layout.feature_bytes,
             }

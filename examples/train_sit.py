@@ -114,7 +114,8 @@ def open_data(recipe: SiTRecipe, options: SiTRunOptions, run: TrainingRun, token
             )
         aligned = recipe.alignment_weight > 0
         if aligned:
-            check_cached_features(latents.metadata, recipe, options.tokenizer_name_or_path, latents.description)
+            place = (options.tokenizer_name_or_path, latents.description, tokenizer.config.patch_size)
+            check_cached_features(latents.metadata, recipe, *place)
         statistics = {name: tokenizer.config[name] for name in ("latents_mean", "latents_std")}
         return StreamingLatents(latents, **statistics, **settings, with_features=aligned)
     images = open_images(

@@ -1,24 +1,30 @@
 """Cached features give the loss that the frozen model gives, and are refused where they are another's."""
 
 import json
+import logging
 import shlex
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from maetok_hf import SiTTransformer1DModel
 from maetok_hf.training.alignment import FeatureAlignment
 from maetok_hf.training.flow_matching import FlowMatchingObjective
 from maetok_hf.training.generator_parts import make_flow_objective, make_transformer
+from maetok_hf.training.latent_encoding import resolve_commit
 from maetok_hf.training.sit_recipe import SiTRecipe
 from maetok_hf.training.targets import HOGTarget
-from maetok_hf.training.teachers import TeacherTarget
+from maetok_hf.training.teachers import TeacherTarget, load_teacher
 from maetok_hf.training.token_features import (
     TokenFeatureEncoder,
     check_cached_features,
+    find_stored_teacher,
     load_cached_teacher,
     mean_directions,
+    stored_digest,
     teacher_identity,
 )
 from tests.documentation import check_command
@@ -215,7 +221,7 @@ def test_features_of_another_model_are_refused_with_the_command_that_makes_them(
     metadata = METADATA if found is None else METADATA | {"alignment": found}
     recipe = SiTRecipe(alignment_weight=0.5)
     with pytest.raises(ValueError, match=message) as caught:
-        check_cached_features(metadata, recipe, "runs/tokenizer", "the latents in 'here'")
+        check_cached_features(metadata, recipe, "runs/tokenizer", "the latents in 'here'", 16)
     text = str(caught.value)
     assert "needs features of 'facebook/dinov2-base' in bfloat16, but the latents in 'here' hold" in text
     assert ("of the cache" in text) == (found is not None)
@@ -225,5 +231,119 @@ def test_features_of_another_model_are_refused_with_the_command_that_makes_them(
     assert "--random_flip false" in command and "--alignment_model facebook/dinov2-base" in command
 
 
-def test_features_of_the_recipe_are_accepted():
-    check_cached_features(METADATA | {"alignment": ALIGNMENT}, SiTRecipe(alignment_weight=0.5), "x", "the latents")
+PATCH_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks")
+    save_networks(folder)
+    return folder
+
+
+@pytest.fixture
+def cached(networks, tmp_path):
+    """A folder with a teacher, and what a cache says of its features."""
+    folder = shutil.copytree(networks / "dinov2", tmp_path / "dinov2")
+    return folder, describe_cache(load(folder), folder)
+
+
+def load(name):
+    return load_teacher("dinov2", name, PATCH_SIZE, dtype=torch.float32)
+
+
+def describe_cache(target, folder, name=None):
+    alignment = teacher_identity(target, name or str(folder)) | {"revision": None}
+    return METADATA | {"alignment": alignment | {"stored_digest": stored_digest(folder)}}
+
+
+def check(metadata, model):
+    recipe = SiTRecipe(alignment_weight=0.5, alignment_model=str(model), alignment_dtype="float32")
+    check_cached_features(metadata, recipe, "runs/tokenizer", "the latents in 'here'", PATCH_SIZE)
+
+
+def forbid_loading(monkeypatch):
+    def fail(*arguments, **settings):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("maetok_hf.training.token_features.load_teacher", fail)
+
+
+def test_a_copy_of_the_teacher_is_recognised_without_loading_it(cached, tmp_path, monkeypatch, caplog):
+    folder, metadata = cached
+    shutil.copytree(folder, tmp_path / "elsewhere" / "dinov2")
+    forbid_loading(monkeypatch)
+    check(metadata, folder)
+    check(metadata, tmp_path / "elsewhere" / "dinov2")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_same_weights_stored_in_another_way_are_recognised(cached, recorded, caplog):
+    folder, metadata = cached
+    if not recorded:
+        del metadata["alignment"]["stored_digest"]
+    else:
+        path = folder / "model.safetensors"
+        save_file(load_file(path), path, metadata={"format": "pt", "comment": "stored once more"})
+        assert stored_digest(folder) != metadata["alignment"]["stored_digest"]
+    check(metadata, folder)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("change", ["weights", "statistics"])
+def test_another_teacher_of_the_same_name_is_refused(cached, tmp_path, change):
+    folder, metadata = cached
+    other = tmp_path / "elsewhere" / "dinov2"
+    shutil.copytree(folder, other)
+    if change == "weights":
+        weights = load_file(other / "model.safetensors")
+        weights["layernorm.bias"][0] += 1
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    else:
+        settings = json.loads((other / "preprocessor_config.json").read_text())
+        (other / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    with pytest.raises(ValueError, match="`alignment_model` '.*elsewhere/dinov2'.* other weights") as caught:
+        check(metadata, other)
+    text, digest = str(caught.value), teacher_identity(load(other), "x")["digest"]
+    assert f"(digest {digest})" in text
+    assert f"'dinov2' whose features the latents in 'here' hold (digest {metadata['alignment']['digest']})" in text
+    command = next(line.strip() for line in text.splitlines() if "cache_latents.py" in line)
+    check_command(shlex.split(command))
+    assert f"--alignment_model {other}" in command
+
+
+def test_a_teacher_that_is_not_here_is_compared_by_name_with_a_warning(cached, tmp_path, caplog):
+    folder, metadata = cached
+    with caplog.at_level(logging.WARNING):
+        check(metadata, tmp_path / "gone" / "dinov2")
+    assert len(caplog.records) == 1
+    assert "by its name and precision alone" in caplog.text and "gone/dinov2" in caplog.text
+    (folder / "model.safetensors").unlink()
+    check(metadata, folder)
+    assert len(caplog.records) == 2
+
+
+def test_a_teacher_of_the_hub_is_looked_for_in_its_cache_only(cached, hub, monkeypatch, caplog):
+    folder, _ = cached
+    repository = hub.add("user/dinov2")
+    repository.commit("weights", {path.name: path.read_bytes() for path in folder.iterdir()})
+    name, tokenizer = "user/dinov2", tiny_autoencoder(num_latent_tokens=4)
+    alignment = {"model": name, "dtype": "float32", "digest": "x", "stored_digest": "x", "revision": repository.sha}
+    num_requests = len(hub.requests)
+    check(METADATA | {"alignment": alignment}, name)
+    assert len(hub.requests) == num_requests and "by its name and precision alone" in caplog.text
+    caplog.clear()
+
+    commit = resolve_commit(name)
+    target = load_cached_teacher(name, "float32", tokenizer, tokenizer.config.sample_size, revision=commit)
+    stored, num_requests = find_stored_teacher(name), len(hub.requests)
+    metadata = describe_cache(target, stored, name)
+    with pytest.raises(ValueError, match=f"digest x, commit {repository.sha} on the Hub"):
+        check(METADATA | {"alignment": alignment}, name)
+    forbid_loading(monkeypatch)
+    check(metadata, name)
+    assert len(hub.requests) == num_requests and not caplog.records
+    (stored / "preprocessor_config.json").unlink()  # as after a download of the weights alone
+    check(metadata, name)
+    assert "by its name and precision alone" in caplog.text

@@ -37,8 +37,8 @@ class SiTRecipe(FlowRecipe):
         alignment_hidden_size (`int`, *optional*, defaults to 2048):
             Width of the projector from the block to the features.
         alignment_model (`str`, *optional*, defaults to `"facebook/dinov2-base"`):
-            Folder or Hub repository of the DINOv2 model. With features that are cached it is not loaded, but must be
-            theirs, as must its precision.
+            Folder or Hub repository of the DINOv2 model. With features that are cached it takes no part in the
+            training, but must be theirs, as must its precision.
         alignment_dtype (`str`, *optional*, defaults to `"bfloat16"`):
             Precision of the DINOv2 model: `"bfloat16"`, `"float16"` or `"float32"`.
     """

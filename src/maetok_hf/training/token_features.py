@@ -9,8 +9,11 @@ float16 changes the loss by less than 0.0005.
 """
 
 import hashlib
+import logging
+import os
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +23,13 @@ from diffusers import ModelMixin
 from ..models import AutoencoderMAE
 from .alignment import NORM_EPSILON, check_patches_per_token
 from .latent_encoding import hash_tensors
-from .model_card import public_name
+from .model_card import is_on_hub, public_name
 from .sit_recipe import SiTRecipe
 from .targets import FeatureTarget
-from .teachers import TeacherTarget, load_teacher
+from .teachers import PROCESSOR_FILES, TeacherTarget, load_teacher
+
+
+logger = logging.getLogger(__name__)
 
 
 def mean_directions(features: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -102,6 +108,54 @@ def teacher_identity(target: TeacherTarget, pretrained_model_name_or_path: str) 
     }
 
 
+def find_stored_teacher(pretrained_model_name_or_path: str, revision: str | None = None) -> Path | None:
+    """
+    Where a teacher lies on this machine. Nothing is read but names, and nothing is asked of the Hub.
+
+    Args:
+        pretrained_model_name_or_path (`str`): Folder or Hub repository.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub; by default the main branch as it was last seen.
+
+    Returns:
+        `Path`, *optional*: A folder with a config and weights, of a Hub repository that in the Hub's cache and with
+        the settings of its image processor; `None` if there is none.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder, needed = Path(pretrained_model_name_or_path), [("config.json",), ("*.safetensors",)]
+    if not folder.is_dir():
+        if not is_on_hub(pretrained_model_name_or_path):
+            return None
+        try:
+            folder = Path(snapshot_download(pretrained_model_name_or_path, revision=revision, local_files_only=True))
+        except OSError:
+            return None
+        needed.append(PROCESSOR_FILES)  # a folder may be without, but of a repository it may not have been fetched
+    there = all(any(any(folder.glob(pattern)) for pattern in patterns) for patterns in needed)
+    return folder if there else None
+
+
+def stored_digest(folder: str | os.PathLike) -> str:
+    """
+    A short text that changes with any file that a teacher is made of. Other than that of [`teacher_identity`], it
+    needs no memory for the weights, and is the same whatever names a version of transformers gives them; but it also
+    changes where the same weights are stored in another way.
+
+    Args:
+        folder (`str` or `os.PathLike`): From [`find_stored_teacher`].
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".safetensors" or path.name in ("config.json", *PROCESSOR_FILES):
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, hashlib.blake2b)
+            digest.update(path.name.encode() + content.digest())
+    return digest.hexdigest()
+
+
 class TokenFeatureEncoder:
     """
     Makes of images the features that a cache stores beside their latents.
@@ -146,23 +200,31 @@ class TokenFeatureEncoder:
 
 
 def check_cached_features(
-    metadata: Mapping[str, Any], recipe: SiTRecipe, tokenizer_name_or_path: str, description: str
+    metadata: Mapping[str, Any], recipe: SiTRecipe, tokenizer_name_or_path: str, description: str, patch_size: int
 ) -> None:
     """
     Make sure that cached latents come with the features that a recipe aligns a generator with.
+
+    The recipe's model is compared with that of the features by name and precision, and where it is on this machine (a
+    folder, or in the Hub's cache) by what is in it: by its files and, only if these differ, by its weights, for which
+    it is loaded once. Where it is not, a warning says so. Nothing is asked of the Hub.
 
     Args:
         metadata (`Mapping[str, Any]`): `metadata` of the [`~maetok_hf.data.LatentSource`].
         recipe ([`SiTRecipe`]): The recipe, with an `alignment_weight`.
         tokenizer_name_or_path (`str`): The tokenizer, for the command that would cache them.
         description (`str`): What the cache is, for messages.
+        patch_size (`int`): Side in pixels of the tokenizer's patches.
 
     Raises:
-        ValueError: If there are none, or they are of another model or precision.
+        OSError: If the recipe's model is on this machine, but damaged.
+        ValueError: If there are none, or they are of another model or precision, or of one of the same name with
+            other weights or statistics of the images.
     """
     wanted = {"model": public_name(recipe.alignment_model), "dtype": recipe.alignment_dtype}
     found = metadata.get("alignment")
     if found is not None and {name: found[name] for name in wanted} == wanted:
+        _check_same_weights(metadata, recipe, tokenizer_name_or_path, description, patch_size)
         return
     there = "none" if found is None else f"those of {found['model']!r} in {found['dtype']}"
     others = "" if found is None else "give the recipe `alignment_model` and `alignment_dtype` of the cache, "
@@ -171,6 +233,36 @@ def check_cached_features(
         f"but {description} hold {there}. Cache the latents with them in another folder, by\n"
         f"  {_caching_command(metadata, recipe, tokenizer_name_or_path)}\n"
         f"or {others}give `dataset_name` instead of `latents_name_or_path`, or set `alignment_weight` to 0."
+    )
+
+
+def _check_same_weights(
+    metadata: Mapping[str, Any], recipe: SiTRecipe, tokenizer_name_or_path: str, description: str, patch_size: int
+) -> None:
+    """Compare the recipe's model with that of the features, which has its name and precision, by what is in it."""
+    name, found = recipe.alignment_model, metadata["alignment"]
+    folder = find_stored_teacher(name)
+    if folder is None:
+        logger.warning(
+            "The model %r of the recipe is neither a folder with weights nor in the Hub's cache: it was compared with "
+            "that of the features in %s by its name and precision alone, not by its weights.",
+            name, description,
+        )  # fmt: skip
+        return
+    if stored_digest(folder) == found.get("stored_digest"):
+        return
+    # Stored in another way, of another commit, or another one. The weights have to be loaded to tell: their names in
+    # the files are not those that the digest in the cache is made of.
+    target = load_teacher("dinov2", folder, patch_size, dtype=getattr(torch, recipe.alignment_dtype))
+    digest = teacher_identity(target, name)["digest"]
+    if digest == found["digest"]:
+        return
+    commit = f", commit {found['revision']} on the Hub" if found.get("revision") else ""
+    raise ValueError(
+        f"`alignment_model` {name!r} (digest {digest}) has other weights, or other statistics of the images, than the "
+        f"model {found['model']!r} whose features {description} hold (digest {found['digest']}{commit}): give the "
+        f"recipe that one, or cache the latents with this one in another folder, by\n"
+        f"  {_caching_command(metadata, recipe, tokenizer_name_or_path)}"
     )
 
 
