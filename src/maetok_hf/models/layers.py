@@ -20,7 +20,7 @@ from torch import nn
 _PADDED_KEYS = (192, 512)  # at least, below
 _PADDED_MULTIPLE = 32
 _FAST_MULTIPLE = 16  # these are fast as they are,
-_FAST_KEYS = ((321, 324), (416, 451))  # and among these are some for which the longer ones gain nothing
+_FAST_KEYS = ((289, 291), (321, 324), (416, 451))  # and among these are some for which the longer ones gain nothing
 
 
 def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
