@@ -3,8 +3,8 @@
 Torch's attention on CPUs takes some lengths of the sequence much longer than the next multiple of 32, on processors
 with matrix units for bfloat16 above all. `maetok_hf.models.layers.pad_keys` lengthens keys and values of the lengths
 for which that was found; here both forms are timed call by call in turn, for such lengths and for others, at the
-published tokenizer's heads. The padding itself, a copy of keys and values, is in the padded form's time. The ratios
-change with what else the processor does: lengths that lost in any of several runs are not padded.
+published tokenizer's heads. The padding itself, a copy of keys and values, is in the padded form's time. Ratios
+change with what else the processor does.
 
     python -m benchmarks.attention
 

@@ -19,9 +19,7 @@ from torch import nn
 # multiple, that of the published encoder (385) among them; see benchmarks/results/attention.md
 _PADDED_KEYS = (192, 512)  # at least, below
 _PADDED_MULTIPLE = 32
-_FAST_MULTIPLE = 16  # these are fast as they are,
-# and of these some lose where other work has one of the cores, if they gain where it has none
-_FAST_KEYS = ((257, 264), (289, 291), (321, 324), (353, 355), (416, 451))
+_FAST_MULTIPLE, _FAST_KEYS = 16, (416, 451)  # multiples of 16, and from 416 to 450, are fast as they are
 
 
 def apply_rotary_emb(hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -55,7 +53,7 @@ def padded_length(length: int) -> int:
     Returns:
         `int`: The next multiple of 32, or `length` itself where torch's attention is not faster for it.
     """
-    fast = length % _FAST_MULTIPLE == 0 or any(low <= length < high for low, high in _FAST_KEYS)
+    fast = length % _FAST_MULTIPLE == 0 or _FAST_KEYS[0] <= length < _FAST_KEYS[1]
     if fast or not _PADDED_KEYS[0] <= length < _PADDED_KEYS[1]:
         return length
     return length + -length % _PADDED_MULTIPLE
