@@ -15,8 +15,8 @@ from diffusers.models.attention_dispatch import (
 from torch import nn
 
 
-# Keys in bfloat16 on a CPU: lengths from the first of these to before the second take attention up to 2.8 times as long
-# as the next multiple of 32, that of the published encoder (385) among them; see benchmarks/results/attention.md
+# Keys in bfloat16 on a CPU: lengths from the first of these to before the second take attention up to 2.8 times as
+# long as the next multiple of 32, that of the published encoder (385) among them: benchmarks/results/attention.md
 _PADDED_KEYS = ((193, 256), (385, 416), (452, 512))
 _PADDED_MULTIPLE = 32
 _FAST_MULTIPLE = 16  # multiples of it are fast as they are
