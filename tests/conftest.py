@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.copies import Copies
 from tests.loopback_hub import connect_clients, serve_hub
 
 
@@ -11,3 +12,10 @@ def hub(monkeypatch, tmp_path):
     with serve_hub() as loopback:
         connect_clients(monkeypatch, loopback, tmp_path / "home")
         yield loopback
+
+
+@pytest.fixture(scope="session")
+def copies():
+    """Runs Python commands without the seconds that their imports take: `copies.run(command)`."""
+    with Copies() as running:
+        yield running

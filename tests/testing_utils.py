@@ -1,8 +1,16 @@
-"""Tiny models that several test modules share: same code paths as the published sizes, milliseconds to run."""
+"""
+What several test modules share: tiny models with the code paths of the published sizes, and ways to stop what runs.
+"""
 
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from maetok_hf import AutoencoderMAE, SiTTransformer1DModel
@@ -78,3 +86,40 @@ def tiny_transformer(seed: int = 0, **overrides: Any) -> SiTTransformer1DModel:
 def seeded_normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal draws that depend on the seed alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(dtype)
+
+
+def signal_before(function: Callable, call: int, number: int = signal.SIGTERM) -> Callable:
+    """The function, but before its `call`-th call, counted from 1, this process sends itself a signal."""
+    calls = []
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **keywords)
+
+    return wrapped
+
+
+def kill_with_children(pid: int) -> None:
+    """Kill a process and all that it has started: torch's elastic agent gives its workers groups of their own."""
+    process = psutil.Process(pid)
+    for running in [process, *process.children(recursive=True)]:
+        try:
+            running.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def start_and_kill(command: list[str], ready: Callable[[], bool], env: dict[str, str] | None = None) -> None:
+    """Start a command, and kill it and all that it started as soon as `ready()`."""
+    process = subprocess.Popen(command, env=env)
+    try:
+        deadline = time.monotonic() + 300
+        while not ready():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        if process.poll() is None:
+            kill_with_children(process.pid)
+        process.wait()

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import sys
 import types
 from dataclasses import asdict
 from pathlib import Path
@@ -192,16 +193,15 @@ def test_what_cannot_be_compared_is_refused(capsys, words, message):
 
 
 @pytest.mark.slow
-def test_the_whole_comparison_runs_and_runs_again(tmp_path):
-    import subprocess
-    import sys
-
-    command = [sys.executable, str(SCRIPT), "--max_train_steps", "2", "--seeds", "5", "--num_threads", "1"]
+def test_the_whole_comparison_runs_and_runs_again(copies, tmp_path):
+    command = [sys.executable, SCRIPT, "--max_train_steps", "2", "--seeds", "5", "--num_threads", "1"]
     command += ["--output_dir", str(tmp_path / "runs"), "--results_dir", str(tmp_path / "results")]
-    subprocess.run(command, check=True)
+    first = copies.run(command)
+    assert first.returncode == 0, first.stdout
     report = json.loads((tmp_path / "results" / "compare_tokenizers.json").read_text())
     assert [(run["variant"], run["seed"]) for run in report["runs"]] == [("autoencoder", 5), ("mask-hog", 5)]
     assert all(run["probe_accuracy_percent"] > 50 for run in report["runs"])  # even random features tell digits apart
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "accelerate" not in output.partition("# Tokenizers")[0]  # nothing was trained again
+    again = copies.run(command)
+    assert again.returncode == 0, again.stdout
+    assert "accelerate" not in again.stdout.partition("# Tokenizers")[0]  # nothing was trained again
     assert json.loads((tmp_path / "results" / "compare_tokenizers.json").read_text())["runs"] == report["runs"]

@@ -226,12 +226,18 @@ def launch_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def launch():
-    """Run a script by `accelerate launch`: `launch(script, *flags, processes=1, fault=None)`, the output and code."""
+def launch(copies):
+    """
+    Run a script by `accelerate launch`: `launch(script, *flags, processes=1, fault=None)`, the output and code. Its
+    processes are copies of one that has imported everything, or with `anew=True` those that a user has.
+    """
 
-    def run(name, *flags, **settings):
+    def run(name, *flags, anew=False, **settings):
+        command = launch_command(name, *flags, **settings)
+        if not anew:
+            return copies.run(command, env=launch_environment())
         return subprocess.run(
-            launch_command(name, *flags, **settings),
+            command,
             env=launch_environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -3,16 +3,12 @@
 import hashlib
 import itertools
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
 import PIL.Image
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,7 +18,7 @@ from maetok_hf.data import HeldOutImages, ImageRanges, StreamingLatents, open_im
 from maetok_hf.training import hub as hub_module
 from maetok_hf.training.latent_encoding import ViewEncoder, check_same_encoder, encode_tokens, load_tokenizer
 from tests.loopback_hub import check_card
-from tests.testing_utils import tiny_autoencoder
+from tests.testing_utils import signal_before, start_and_kill, tiny_autoencoder
 
 
 NUM_IMAGES, CORRUPT = 41, 7  # of the data set in conftest.py
@@ -53,15 +49,7 @@ def finished(folder):
 
 def stop_at(module, monkeypatch, call, number):
     """Send this process a signal in the given call of the encoder."""
-    encode, calls = module.ViewEncoder.__call__, []
-
-    def encode_and_stop(self, images):
-        calls.append(images)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        return encode(self, images)
-
-    monkeypatch.setattr(module.ViewEncoder, "__call__", encode_and_stop)
+    monkeypatch.setattr(module.ViewEncoder, "__call__", signal_before(module.ViewEncoder.__call__, call, number))
 
 
 def test_every_usable_image_is_there_once_with_the_latents_of_both_views(
@@ -317,13 +305,7 @@ def test_two_processes_that_are_killed_and_three_that_continue_write_the_files_o
 
     folder = tmp_path / "two"
     command = conftest.launch_command("cache_latents", *flags, "--output_dir", folder, processes=2)
-    process = subprocess.Popen(command, env=conftest.launch_environment())
-    deadline = time.monotonic() + 300
-    while len(finished(folder)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    for running in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        running.kill()
-    process.wait()
+    start_and_kill(command, lambda: len(finished(folder)) >= 3, conftest.launch_environment())
     assert 3 <= len(finished(folder)) < 21 and not (folder / "latents.json").exists()
 
     again = launch("cache_latents", *flags, "--output_dir", folder, processes=3)

@@ -1,7 +1,6 @@
 """The configurations for `accelerate launch`, and the full recipe sharded over two processes."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
 
 @pytest.fixture
-def launch_sharded(launch):
+def launch_sharded(launch, copies):
     """Like `launch`, with the FSDP2 configuration, on two processes."""
     conftest = sys.modules[launch.__module__]
 
@@ -29,14 +28,7 @@ def launch_sharded(launch):
         settings += ["--num_cpu_threads_per_process", 1, "--mixed_precision", "no"]
         command = [sys.executable, "-m", "accelerate.commands.launch", *settings, *script]
         command += [conftest.EXAMPLES / f"{name}.py", *flags]
-        return subprocess.run(
-            [str(word) for word in command],
-            env=conftest.launch_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
+        return copies.run(command, env=conftest.launch_environment())
 
     return run
 

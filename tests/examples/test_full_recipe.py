@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from maetok_hf.training.checkpointing import complete_checkpoints
 from maetok_hf.training.run_options import TokenizerRunOptions
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
 from tests.loopback_hub import QUOTA_MESSAGE, check_card
+from tests.testing_utils import signal_before
 
 
 FEATURES = {"hog", "dinov2", "siglip", "text"}
@@ -79,14 +78,8 @@ def test_stopped_before_and_after_the_discriminator_began_it_continues_exactly(
     run_here("train_maetok", *flags, "--output_dir", tmp_path / "whole")
 
     def send_signal(module):
-        inner = module.TokenizerTraining.micro_step
-
-        def micro_step(self, number, *arguments):
-            if number == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            inner(self, number, *arguments)
-
-        module.TokenizerTraining.micro_step = micro_step
+        # two micro-batches a step
+        module.TokenizerTraining.micro_step = signal_before(module.TokenizerTraining.micro_step, 2 * step + 1)
 
     with pytest.raises(SystemExit):
         run_here("train_maetok", *flags, "--output_dir", tmp_path / "stopped", prepare=send_signal)
@@ -298,7 +291,7 @@ def test_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
     if processes == 1:
         run_here("train_maetok", *flags, "--output_dir", tmp_path / "whole")
     else:
-        whole = launch("train_maetok", *flags, "--output_dir", tmp_path / "whole", processes=processes)
+        whole = launch("train_maetok", *flags, "--output_dir", tmp_path / "whole", processes=processes, anew=True)
         assert whole.returncode == 0, whole.stdout
 
     command = ["train_maetok", *flags, "--output_dir", tmp_path / "stopped"]
@@ -360,7 +353,7 @@ def test_two_processes_equal_one_that_accumulates_and_can_continue_it(
 @pytest.mark.slow
 def test_a_run_that_fails_ends_with_its_data_workers(launch, recipes, base_flags, tmp_path):
     flags = ["--recipe", recipes["tokenizer"], *base_flags, "--dataloader_num_workers", "2"]
-    failed = launch("train_maetok", *flags, "--output_dir", tmp_path / "run", fault="backward:3:FAIL:0")
+    failed = launch("train_maetok", *flags, "--output_dir", tmp_path / "run", fault="backward:3:FAIL:0", anew=True)
     assert failed.returncode == 1 and "RuntimeError: a fault for this test" in failed.stdout
     assert "DataLoader worker" not in failed.stdout
 
@@ -434,13 +427,7 @@ def test_odd_images_are_reported_wherever_a_run_ends(
 
     def stop_after_a_step(module):
         (training,) = [value for name, value in vars(module).items() if name.endswith("Training")]
-        inner = training.micro_step
-
-        def micro_step(self, step, *arguments):
-            inner(self, step, *arguments)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        training.micro_step = micro_step
+        training.micro_step = signal_before(training.micro_step, 1)
 
     def reported(start):
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(start)]

@@ -3,17 +3,15 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import PIL.Image
-import psutil
 import pytest
 import torch
 
 from tests.pipelines.helpers import tiny_pipeline
+from tests.testing_utils import signal_before, start_and_kill
 
 
 NAMES = {0: "tench", 1: "goldfish"}
@@ -160,13 +158,7 @@ def test_signal_during_the_assembly_leaves_no_npz_and_the_same_command_makes_it(
     command = ["generate", *flags, "--output_dir", tmp_path / "stopped", "--format", "npz"]
 
     def stop_in_assembly(module):
-        write_npz = module.write_npz
-
-        def wrapped(*arguments):
-            os.kill(os.getpid(), signal.SIGTERM)
-            write_npz(*arguments)
-
-        module.write_npz = wrapped
+        module.write_npz = signal_before(module.write_npz, 1)
 
     with pytest.raises(SystemExit) as caught:
         run_here(*command, prepare=stop_in_assembly)
@@ -258,14 +250,7 @@ def test_two_processes_that_are_killed_and_continued_give_the_set_of_one(launch,
     assert one.returncode == 0, one.stdout
 
     command = conftest.launch_command("generate", *flags, "--output_dir", tmp_path / "two", processes=2)
-    process = subprocess.Popen(command, env=conftest.launch_environment())
-    deadline = time.monotonic() + 300
-    while len(images_in(tmp_path / "two")) < 20 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    # the workers are groups of their own
-    for running in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        running.kill()
-    process.wait()
+    start_and_kill(command, lambda: len(images_in(tmp_path / "two")) >= 20, conftest.launch_environment())
     assert 20 <= len(images_in(tmp_path / "two")) < 123
     assert not (tmp_path / "two" / "samples.npz").exists()
 

@@ -19,6 +19,7 @@ from maetok_hf.training.lora_recipe import LoraRecipe, LoraRunOptions
 from maetok_hf.training.run_options import SiTRunOptions, TokenizerRunOptions
 from maetok_hf.training.sit_recipe import SiTRecipe
 from maetok_hf.training.tokenizer_recipe import TokenizerRecipe
+from tests.testing_utils import signal_before
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -90,14 +91,7 @@ def test_signal_saves_a_checkpoint_and_the_same_command_continues(
     command = ["train_maetok", *flags, "--output_dir", tmp_path / "stopped"]
 
     def send_signal_in_step(module):
-        inner = module.TokenizerTraining.micro_step
-
-        def micro_step(self, number, *arguments):
-            if number == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            inner(self, number, *arguments)
-
-        module.TokenizerTraining.micro_step = micro_step
+        module.TokenizerTraining.micro_step = signal_before(module.TokenizerTraining.micro_step, step + 1)
 
     with pytest.raises(SystemExit) as caught:
         run_here(*command, prepare=send_signal_in_step)
@@ -126,14 +120,7 @@ def test_gradient_checkpointing_of_any_share_changes_nothing(run_here, flags, tm
     command = ["train_maetok", *flags, "--output_dir", tmp_path / "two", "--gradient_checkpointing"]
 
     def stop_after_two_steps(module):
-        inner = module.TokenizerTraining.micro_step
-
-        def micro_step(self, number, *arguments):
-            if number == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            inner(self, number, *arguments)
-
-        module.TokenizerTraining.micro_step = micro_step
+        module.TokenizerTraining.micro_step = signal_before(module.TokenizerTraining.micro_step, 2)
 
     with pytest.raises(SystemExit):
         run_here(*command, prepare=stop_after_two_steps)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import sys
 
@@ -15,6 +14,7 @@ from maetok_hf import AutoencoderMAE, MAETokDiffusionPipeline, SiTTransformer1DM
 from maetok_hf.models.latents import denormalize_latents
 from maetok_hf.training.checkpointing import complete_checkpoints
 from tests.loopback_hub import check_card
+from tests.testing_utils import signal_before
 
 
 MODES = ("cached", "online")
@@ -161,16 +161,7 @@ def test_signal_saves_a_checkpoint_and_the_same_command_continues(
     run_here("train_sit", *flags, "--output_dir", tmp_path / "whole")
 
     def send_signal_in_step(module):
-        set_learning_rate = module.set_learning_rate
-        calls = []
-
-        def wrapped(*arguments):
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            return set_learning_rate(*arguments)
-
-        module.set_learning_rate = wrapped
+        module.set_learning_rate = signal_before(module.set_learning_rate, 3, signal.SIGINT)
 
     command = ["train_sit", *flags, "--output_dir", tmp_path / "stopped"]
     with pytest.raises(SystemExit) as caught:
@@ -327,7 +318,7 @@ def test_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(
     if processes == 1:
         run_here("train_sit", *flags, "--output_dir", tmp_path / "whole")
     else:
-        whole = launch("train_sit", *flags, "--output_dir", tmp_path / "whole", processes=processes)
+        whole = launch("train_sit", *flags, "--output_dir", tmp_path / "whole", processes=processes, anew=True)
         assert whole.returncode == 0, whole.stdout
     command = ["train_sit", *flags, "--output_dir", tmp_path / "stopped"]
     for fault, newest in (("backward:8:KILL:0", 2), ("flush:2:KILL:0", 4), ("export:1:KILL:0", 8)):

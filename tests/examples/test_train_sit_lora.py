@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import sys
@@ -20,7 +19,7 @@ from maetok_hf.training.checkpointing import complete_checkpoints, model_digest
 from maetok_hf.training.recipes import load_recipe
 from tests.examples.conftest import EXAMPLES
 from tests.loopback_hub import check_card
-from tests.testing_utils import randomize_parameters
+from tests.testing_utils import randomize_parameters, signal_before
 
 
 RECIPE = """
@@ -195,16 +194,7 @@ def test_signal_saves_a_checkpoint_and_the_same_command_continues(run_here, flag
     run_here("train_sit_lora", *flags, "--output_dir", tmp_path / "whole")
 
     def send_signal_in_step(module):
-        set_learning_rate = module.set_learning_rate
-        calls = []
-
-        def wrapped(*arguments):
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return set_learning_rate(*arguments)
-
-        module.set_learning_rate = wrapped
+        module.set_learning_rate = signal_before(module.set_learning_rate, 3)
 
     command = ["train_sit_lora", *flags, "--output_dir", tmp_path / "stopped"]
     with pytest.raises(SystemExit) as caught:
@@ -366,7 +356,7 @@ def test_interrupted_run_of_two_processes_equals_the_uninterrupted_one_bit_for_b
     launch, flags, tmp_path, assert_same_result
 ):
     """Killed within a step, within a save, and between the last checkpoint and the export."""
-    whole = launch("train_sit_lora", *flags, "--output_dir", tmp_path / "whole", processes=2)
+    whole = launch("train_sit_lora", *flags, "--output_dir", tmp_path / "whole", processes=2, anew=True)
     assert whole.returncode == 0, whole.stdout
     command = ["train_sit_lora", *flags, "--output_dir", tmp_path / "stopped"]
     for fault, newest in (("backward:3:KILL:0", 2), ("flush:2:KILL:0", 4), ("export:1:KILL:0", 6)):

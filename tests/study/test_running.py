@@ -4,13 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -21,6 +17,7 @@ from maetok_hf.study.options import StudyOptions
 from maetok_hf.study.presets import PRESETS
 from maetok_hf.study.running import Study
 from tests.study.small import BUDGET, ROOT, StandInTrainings, small_cell, small_preset, stand_in_pictures
+from tests.testing_utils import start_and_kill
 
 
 EXAMPLES = ROOT / "examples"
@@ -307,23 +304,15 @@ def test_the_command_refuses_what_cannot_be_studied(command, tmp_path, capsys):
 
 def kill_at(words: list[str], sign: Path) -> None:
     """Start the study, and kill it and all that it started as soon as a file is there."""
-    process = subprocess.Popen([sys.executable, str(EXAMPLES / "study_latents.py"), *words])
-    deadline = time.monotonic() + 300
-    while not sign.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    main = psutil.Process(process.pid)
-    for running_process in [main, *main.children(recursive=True)]:
-        try:
-            running_process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            pass
-    process.wait()
+    start_and_kill([sys.executable, str(EXAMPLES / "study_latents.py"), *words], sign.exists)
 
 
 @pytest.mark.slow
-def test_a_real_study_is_the_same_after_it_was_killed_and_runs_nothing_twice(command, tmp_path, capfd):
+def test_a_real_study_is_the_same_after_it_was_killed_and_runs_nothing_twice(
+    command, copies, monkeypatch, tmp_path, capfd
+):
     """One tokenizer of 24 steps, its latents, a generator of 24 steps, and all that is measured."""
+    monkeypatch.setattr(running, "run_command", lambda words, folder: copies.run(words).returncode)
     outputs, results = tmp_path / "outputs", tmp_path / "results"
     words = ["--variants", "autoencoder", "--seeds", "0", "--num_threads", "1", "--max_train_steps", "24"]
     words += ["--output_dir", str(outputs), "--results_dir", str(results)]
