@@ -10,8 +10,8 @@ and after each call; operations are those of matrix products, attention and conv
 Seconds are medians with quartiles, after a first call (which compiles, with nothing from earlier processes) and a
 warm-up; of whole sampling runs, the first call and the peak memory are of one of 4 steps. Weights and inputs are
 random, sizes the published ones.
-Peak memory is that of the process on a CPU, weights included, and torch's on a GPU. Against the
-naive form, which has queries, keys and values in one matrix, eager passes run after `fuse_qkv_projections()`.
+Peak memory is that of the process on a CPU, weights included, and torch's on a GPU. Models have their queries, keys
+and values in one product (`fuse_qkv_projections()`), except in training.
 """
 
 import argparse
@@ -44,9 +44,11 @@ CASES: list[Case] = [
 ]
 STARTUP, PROCESSES = "startup", "processes"
 GROUPS = [*dict.fromkeys(case.group for case in CASES), STARTUP, PROCESSES]
+OUTPUT = RESULTS / "suite.json"
 PICTURES = ROOT / "docs" / "images"
 # a run of hundreds of passes repeats itself
-EFFORTS = {"sampling": Effort(min_rounds=1, warmup_seconds=0.0)}
+RIVALS = "against the naive form"
+EFFORTS = {"sampling": Effort(min_rounds=3, warmup_seconds=0.0), RIVALS: Effort(min_rounds=11)}
 NUM_PROCESSES = (1, 2)
 
 
@@ -61,10 +63,10 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="How.")
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads(), help="CPU threads.")
     parser.add_argument("--seconds", type=float, default=Effort.seconds, help="About how long to repeat a call.")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="The result, beside which its tables are written.")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS / "suite.json", help="The result, beside which its tables are written."
+        "--picture_dir", type=Path, default=None, help="Where the scaling curves are drawn; beside another --output."
     )
-    parser.add_argument("--picture_dir", type=Path, default=PICTURES, help="Where the scaling curves are drawn.")
     parser.add_argument("--list", action="store_true", help="Name the cases and end.")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="JSON", help="Compare two results and end.")
     args = parser.parse_args(words)
@@ -72,6 +74,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--num_threads and --seconds must be positive, got {args.num_threads} and {args.seconds}")
     if args.output.suffix != ".json":
         parser.error(f"--output must name a .json file, got {args.output}")
+    if args.picture_dir is None:
+        args.picture_dir = PICTURES if args.output == OUTPUT else args.output.parent
     there = available_devices()
     if missing := [device for device in args.devices or [] if device not in there]:
         parser.error(f"--devices {missing[0]} is not on this machine, which has: {', '.join(there)}")

@@ -22,26 +22,33 @@ import torch.nn.functional as F
 
 from maetok_hf.models import layers
 
-from .machine import RESULTS, closing_lines, machine, table, write_results
+from .machine import RESULTS, closing_lines, commit, machine, table, write_results
 from .suite.timing import quartiles, seconds_of
 
 
 COMMAND = "python -m benchmarks.attention"
-BATCH_SIZE, HEADS, HEAD_DIM = 4, 12, 64
+BATCH_SIZES, HEADS, HEAD_DIM = (1, 4), 12, 64
 LENGTHS = {
     130: "U-SiT",
     193: "",
     208: "",
+    225: "",
+    255: "",
     257: "image and class tokens at 256 x 256",
     289: "",
     321: "",
     353: "",
     385: "the published encoder at 256 x 256",
+    386: "",
     400: "",
+    401: "",
+    415: "",
     417: "",
     449: "",
+    453: "",
     465: "",
     481: "",
+    511: "",
     513: "",
     1025: "image and class tokens at 512 x 512",
     1153: "the published encoder at 512 x 512",
@@ -50,31 +57,33 @@ CPU = torch.device("cpu")
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pads: bool) -> torch.Tensor:
-    """Attention of tensors of shape `(batch_size, length, heads, head_dim)`, with padded keys or not."""
+    """Attention of tensors of shape `(batch_size, length, heads, head_dim)`, with keys that may be padded, or not."""
     mask = None
     if pads:
-        with patch.object(layers, "padded_length", lambda length: length + -length % 32):
-            key, value, mask = layers.pad_keys(key, value)
+        key, value, mask = layers.pad_keys(key, value)
     heads_first = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(*heads_first, attn_mask=mask)
 
 
-def compare_lengths(lengths: dict[int, str], num_rounds: int) -> list[dict[str, Any]]:
+def compare_lengths(lengths: dict[int, str], num_rounds: int, batch_size: int) -> list[dict[str, Any]]:
     """Milliseconds of both forms and their ratios, by length."""
     found = []
     for length, name in lengths.items():
         generator = torch.Generator().manual_seed(length)
-        shape = (BATCH_SIZE, length, HEADS, HEAD_DIM)
+        shape = (batch_size, length, HEADS, HEAD_DIM)
         inputs = [torch.randn(shape, generator=generator).to(torch.bfloat16) for _ in range(3)]
         times: dict[bool, list[float]] = {False: [], True: []}
         for number in range(-2, num_rounds):
-            for pads in times:
-                seconds = seconds_of(functools.partial(attention, *inputs, pads), CPU)
+            for pads in times if number % 2 else reversed(times):
+                with patch.object(layers, "padded_length", lambda length: length + -length % 32):
+                    call = functools.partial(attention, *inputs, pads)
+                    seconds = seconds_of(call, CPU)
                 if number >= 0:  # the first rounds warm up
                     times[pads].append(1000 * seconds)
         ratios = [plain / padded for plain, padded in zip(times[False], times[True], strict=True)]
         found.append(
             {
+                "batch_size": batch_size,
                 "length": length,
                 "name": name,
                 "padded_by_library": layers.padded_length(length) > length,
@@ -94,6 +103,7 @@ def to_markdown(report: dict[str, Any]) -> str:
 
     rows = [
         [
+            str(entry["batch_size"]),
             str(entry["length"]),
             entry["name"],
             spread(entry["milliseconds"]),
@@ -104,7 +114,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         for entry in report["lengths"]
     ]
     description = str(__doc__).split("\n\n")[1]
-    head = ["tokens", "of", "plain (ms)", "padded (ms)", "padded is times as fast", "padded by the library"]
+    head = ["batch", "tokens", "of", "plain (ms)", "padded (ms)", "padded is times as fast", "padded by the library"]
     return "\n".join(
         [
             "# Attention in bfloat16 on a CPU",
@@ -112,8 +122,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             description,
             "",
             *table(head, rows),
-            f"Batch {BATCH_SIZE}, {HEADS} heads of {HEAD_DIM}; medians and quartiles of {report['num_rounds']} "
-            "rounds.",
+            f"{HEADS} heads of {HEAD_DIM}; medians and quartiles of {report['num_rounds']} rounds.",
             "",
             *closing_lines(report),
         ]
@@ -130,7 +139,10 @@ def main() -> None:
         "num_rounds": args.num_rounds,
         "num_threads": torch.get_num_threads(),
         "machine": machine(),
-        "lengths": compare_lengths(LENGTHS, args.num_rounds),
+        "commit": commit(),
+        "lengths": [
+            entry for size in BATCH_SIZES for entry in compare_lengths(LENGTHS, args.num_rounds, batch_size=size)
+        ],
     }
     write_results(args.results_dir, "attention", report, to_markdown(report))
     print(to_markdown(report))

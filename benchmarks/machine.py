@@ -77,6 +77,7 @@ def closing_lines(report: dict[str, Any]) -> list[str]:
     """The end of a page of results: threads, machine and command."""
     return [
         f"- {report['num_threads']} threads; {machine_line(report['machine'])}",
+        *([f"- commit {report['commit']}"] if report.get("commit") else []),
         "",
         "```",
         report["command"],

@@ -13,13 +13,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from maetok_hf import AutoencoderMAE
 from maetok_hf.models import layers
 from maetok_hf.training.discriminator_objective import sample_adversarial_draws
 from maetok_hf.training.gradient_checkpointing import enable_gradient_checkpointing
-from maetok_hf.training.optim import create_ema
+from maetok_hf.training.optim import clip_gradients, create_ema
 from maetok_hf.training.recipes import load_recipe
 from maetok_hf.training.tokenizer_parts import (
     make_caption_tokenizer,
@@ -254,9 +253,9 @@ class TrainingStep:
     def __call__(self, batch_size: int, resolution: int, inputs: Mapping[str, torch.Tensor] | None = None) -> None:
         """A whole step with all losses, also the optimisers' and the moving average's part."""
         self.passes(batch_size, resolution, inputs=inputs)
-        clip_grad_norm_(self.objective.trainable_parameters(), self.recipe.max_grad_norm)
+        clip_gradients(self.objective.trainable_parameters(), self.recipe.max_grad_norm)
         if self.discriminator is not None:
-            clip_grad_norm_(self.discriminator.parameters(), self.recipe.max_grad_norm)
+            clip_gradients(self.discriminator.parameters(), self.recipe.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -10,6 +10,8 @@ from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..training_step import keys_as_on_a_gpu
+
 
 MAX_AUTOTUNE, CUDA_GRAPHS = "max-autotune", "cuda-graphs"
 COMPILE_MODES = {"compiled": None, MAX_AUTOTUNE: "max-autotune-no-cudagraphs", CUDA_GRAPHS: "reduce-overhead"}
@@ -52,6 +54,11 @@ class Settings:
                 tensor.data = tensor.data.to(self.torch_dtype)
         return module.eval().requires_grad_(False)
 
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Place a module, with queries, keys and values in one product, which is faster in every mode."""
+        self.place(module).fuse_qkv_projections()
+        return module
+
     def compile(self, *modules: nn.Module) -> None:
         """Compile modules for inference, in place; on a CPU with weights as constants (docs/performance.md)."""
         if self.device == "cpu":
@@ -61,8 +68,11 @@ class Settings:
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """Operations of a call: products of matrices, attention and convolutions, a multiply-add being two."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    """
+    Operations of a call: products of matrices, attention and convolutions, a multiply-add being two. Keys that are
+    padding do not count.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), keys_as_on_a_gpu():
         run()
     return counter.get_total_flops()
 

@@ -44,7 +44,7 @@ def load_images(settings: Settings, num_workers: int) -> Work:
 
 def cache_latents(settings: Settings, batch_size: int) -> Work:
     """Both views of images to latents, and these into a shard on the disk."""
-    model = settings.place(tokenizer())
+    model = settings.prepare(tokenizer())
     encoder = ViewEncoder(model, 2, "float16")
     pixels = images(batch_size, 256, settings.torch_device, settings.torch_dtype)
     folder = Path(tempfile.mkdtemp())
@@ -113,7 +113,7 @@ def meet_at(barrier: "threading.Barrier") -> None:
 def encode_for(seconds: float, batch_size: int, num_threads: int) -> float:
     """What a process of the curve does: encode until the time is over; images a second."""
     torch.set_num_threads(num_threads)
-    model = Settings("cpu", "float32", "eager").place(tokenizer())
+    model = Settings("cpu", "float32", "eager").prepare(tokenizer())
     pixels = images(batch_size, 256, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         model.encode(pixels)

@@ -9,7 +9,7 @@ from .models import NUM_CHANNELS, NUM_TOKENS, images, tokenizer, transformer, tr
 
 
 def encode(settings: Settings, batch_size: int, resolution: int = 256) -> Work:
-    model = settings.place(tokenizer(resolution))
+    model = settings.prepare(tokenizer(resolution))
     pixels = images(batch_size, resolution, settings.torch_device, settings.torch_dtype)
     return Work(
         torch.no_grad()(lambda: model.encode(pixels, return_dict=False)),
@@ -19,7 +19,7 @@ def encode(settings: Settings, batch_size: int, resolution: int = 256) -> Work:
 
 
 def decode(settings: Settings, batch_size: int, resolution: int = 256) -> Work:
-    model = settings.place(tokenizer(resolution))
+    model = settings.prepare(tokenizer(resolution))
     latents = transformer_inputs(batch_size, settings.torch_device, settings.torch_dtype)[0]
     return Work(
         torch.no_grad()(lambda: model.decode(latents, return_dict=False)),
@@ -29,7 +29,7 @@ def decode(settings: Settings, batch_size: int, resolution: int = 256) -> Work:
 
 
 def reconstruct(settings: Settings, batch_size: int) -> Work:
-    model = settings.place(tokenizer())
+    model = settings.prepare(tokenizer())
     pixels = images(batch_size, 256, settings.torch_device, settings.torch_dtype)
     return Work(
         torch.no_grad()(lambda: model(pixels, return_dict=False)),
@@ -39,7 +39,7 @@ def reconstruct(settings: Settings, batch_size: int) -> Work:
 
 
 def velocity(settings: Settings, size: str, batch_size: int, num_tokens: int = NUM_TOKENS) -> Work:
-    model = settings.place(transformer(size, num_tokens))
+    model = settings.prepare(transformer(size, num_tokens))
     inputs = transformer_inputs(batch_size, settings.torch_device, settings.torch_dtype, num_tokens)
     return Work(
         torch.no_grad()(lambda: model(*inputs, return_dict=False)), batch_size, lambda: settings.compile(model)

@@ -9,9 +9,9 @@ from .cases import DEVICES, Case, key_of
 
 HEAD = (
     "case", "type", "mode", "seconds a call", "images/s", "GFLOP a call", "share of the matrix rate (%)",
-    "first call (s)", "peak (GB)",
+    "rounds", "first call (s)", "peak (GB)",
 )  # fmt: skip
-RIVAL_HEAD = ("case", "type", "mode", "seconds a call", "naive form (s)", "times as fast")
+RIVAL_HEAD = ("case", "type", "mode", "seconds a call", "naive form (s)", "times as fast", "rounds")
 FIRST_IMAGE = ("import", "load", "first image", "second image")
 DEVICE_NAMES = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -39,6 +39,7 @@ def row(record: dict[str, Any]) -> list[str]:
         number(record["images"] / seconds["median"]) if record["images"] else "",
         number(record["flops"] / 1e9) if record["flops"] else "",
         spread(share, 100) if share else "",
+        str(record["num_rounds"]),
         number(record["first_call_seconds"]),
         number(record["peak_bytes"] / 1e9),
     ]
@@ -48,8 +49,9 @@ def rival_row(record: dict[str, Any]) -> list[str]:
     """Cells of a record with a rival."""
     cells = [record["case"], record["dtype"], record["mode"]]
     if "failed" in record:
-        return [*cells, f"failed: {record['failed']}", "", ""]
-    return [*cells, spread(record["seconds"]), spread(record["rival_seconds"]), spread(record["speedup"])]
+        return [*cells, f"failed: {record['failed']}", "", "", ""]
+    values = [spread(record[name]) for name in ("seconds", "rival_seconds", "speedup")]
+    return [*cells, *values, str(record["num_rounds"])]
 
 
 def group_lines(name: str, records: Sequence[dict[str, Any]], cases: Iterable[Case]) -> list[str]:

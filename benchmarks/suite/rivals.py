@@ -1,15 +1,13 @@
 """
 Our models against the naive form of research code on the same weights, call by call in turn.
 
-The naive form has queries, keys and values in one matrix, as research checkpoints do. Eager, ours are fused to that on
-request; the compiler makes as good use of three.
+The naive form has queries, keys and values in one matrix, as research checkpoints do, and ours are fused to that.
 """
 
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
 
 from maetok_hf.seeding import keyed_generator
 
@@ -19,12 +17,6 @@ from .models import images, pipeline, tokenizer, transformer, transformer_inputs
 
 
 STEPS, SCALE, INTERVAL = 20, 1.9, (0.0, 0.75)
-
-
-def fuse(settings: Settings, model: nn.Module) -> None:
-    """Queries, keys and values in one product, where nothing is compiled."""
-    if settings.mode == "eager":
-        model.fuse_qkv_projections()
 
 
 def float32_of(settings: Settings) -> Settings:
@@ -37,7 +29,7 @@ def reconstruct(settings: Settings, batch_size: int, precise: bool = False) -> W
     theirs = float32_of(settings) if precise else settings
     ours = settings.place(tokenizer())
     naive = NaiveTokenizer(theirs.place(tokenizer()) if precise else ours)
-    fuse(settings, ours)
+    ours.fuse_qkv_projections()
     pixels, their_pixels = (
         images(batch_size, 256, settings.torch_device, one.torch_dtype) for one in (settings, theirs)
     )
@@ -54,7 +46,7 @@ def velocity(settings: Settings, size: str, batch_size: int, precise: bool = Fal
     theirs = float32_of(settings) if precise else settings
     ours = settings.place(transformer(size))
     naive = NaiveSiT(theirs.place(transformer(size)) if precise else ours)
-    fuse(settings, ours)
+    ours.fuse_qkv_projections()
     inputs, their_inputs = (
         transformer_inputs(batch_size, settings.torch_device, one.torch_dtype) for one in (settings, theirs)
     )
@@ -72,7 +64,7 @@ def guided_sampling(settings: Settings, size: str, batch_size: int) -> Work:
     naive = NaiveSiT(naive_pipe.transformer.to(settings.torch_device).eval())
     naive_decoder = NaiveTokenizer(naive_pipe.vae.to(settings.torch_device).eval())
     for model in (pipe.transformer, pipe.vae):
-        fuse(settings, settings.place(model))
+        settings.prepare(model)
     labels = torch.arange(batch_size, device=settings.torch_device) * 7
 
     def noise(name: str) -> torch.Tensor:

@@ -4,14 +4,15 @@ import concurrent.futures
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from ..machine import commit
-from .cases import Case, Settings
+from .cases import CUDA_GRAPHS, Case, Settings
 from .timing import Effort, seconds_of, time_work
 
 
@@ -19,9 +20,15 @@ def run_case(case: Case, settings: Settings, num_threads: int, effort: Effort) -
     """Build a case and time it; run this in a process of its own."""
     torch.set_num_threads(num_threads)
     torch.manual_seed(0)
-    work = case.build(settings)
-    # what an earlier process compiled would shorten the first call
-    with tempfile.TemporaryDirectory() as cache, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache):
+    # what an earlier process compiled would shorten the first call; what a case writes goes with it
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=f"{folder}/compiled"),
+        patch.object(tempfile, "tempdir", folder),
+    ):
+        work = case.build(settings)
+        if settings.mode == CUDA_GRAPHS:
+            work.run, work.warm = map(mark_step_before, (work.run, work.warm))
         if settings.mode == "eager":
             first = seconds_of(work.warm, settings.torch_device)
             flops = work.flops()
@@ -31,7 +38,17 @@ def run_case(case: Case, settings: Settings, num_threads: int, effort: Effort) -
             work.compile()
             first = seconds_of(work.warm, settings.torch_device)
         timed = time_work(work, flops, settings.torch_device, settings.torch_dtype, effort)
-    return {"images": work.images, "flops": flops, "first_call_seconds": first} | timed
+    return {"images": work.images, "flops": flops, "effort": asdict(effort), "first_call_seconds": first} | timed
+
+
+def mark_step_before(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a step of torch's CUDA graphs, until whose end the encoder's output stays for the decoder."""
+
+    def marked() -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return run()
+
+    return marked
 
 
 def identity(case: Case, settings: Settings | None = None) -> dict[str, str]:

@@ -55,7 +55,7 @@ def sample(settings: Settings, size: str, weak: str, scheme: str, solver: str, s
     pipe = pipeline(size, solver, weak if scheme == "autoguidance" else None, guidance_free=scheme == "GFT")
     models = [model for model in (pipe.transformer, pipe.guidance_transformer, pipe.vae) if model is not None]
     for model in models:
-        settings.place(model)
+        settings.prepare(model)
     labels = [7 * number for number in range(batch_size)]
 
     def run(steps: int) -> None:

@@ -32,6 +32,8 @@ torch.set_num_threads(int(sys.argv[6]))
 pipe = MAETokDiffusionPipeline.from_pretrained(sys.argv[1], dtype=settings.torch_dtype).to(settings.device)
 pipe.set_progress_bar_config(disable=True)
 found["load"] = time.perf_counter() - begin - found["import"]
+for model in (pipe.transformer, pipe.vae):
+    model.fuse_qkv_projections()
 if settings.mode != "eager":
     settings.compile(pipe.transformer, pipe.vae.decoder)
 for name in ("first image", "second image"):

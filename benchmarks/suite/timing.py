@@ -8,6 +8,7 @@ three and then averaged, not from averages.
 import contextlib
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class PeakMemory:
             for line in _STATUS_FILE.read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def time_work(
@@ -135,16 +136,20 @@ def time_work(
         operations per second, quartiles of the share of that (`None` without `flops`), and the peak memory in bytes;
         with a rival also its seconds, and how many times they are ours.
     """
-    begin = time.perf_counter()
-    while True:
-        seconds_of(work.warm, device)
-        if time.perf_counter() - begin >= effort.warmup_seconds:
-            break
+
+    def warm_up(call: Callable[[], Any]) -> None:
+        begin = time.perf_counter()
+        while True:
+            seconds_of(call, device)
+            if time.perf_counter() - begin >= effort.warmup_seconds:
+                break
+
+    warm_up(work.warm)
     memory = PeakMemory(device)
     seconds_of(work.warm, device)
     peak = memory.read()
     if work.rival is not None:
-        work.rival()
+        warm_up(work.rival)
 
     rate = MatmulRate(device, dtype)
     seconds, rival_seconds, looks = [], [], [rate.look()]

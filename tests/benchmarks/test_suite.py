@@ -162,7 +162,7 @@ def record_of(name, seconds, **settings):
     quartiles = dict.fromkeys(("median", "quartile_1", "quartile_3"), seconds)
     share = dict.fromkeys(quartiles, 0.5)
     measured = {"images": 4, "flops": 2 * 10**9, "seconds": quartiles, "share_of_matmul": share}
-    measured |= {"first_call_seconds": 9.0, "matmul_flops_per_second": 3e11, "peak_bytes": 10**9}
+    measured |= {"num_rounds": 5, "first_call_seconds": 9.0, "matmul_flops_per_second": 3e11, "peak_bytes": 10**9}
     return identity(Case("group", name, failing), Settings("cpu", "float32", "eager")) | measured | settings
 
 
@@ -188,7 +188,7 @@ def test_tables_say_what_was_measured_failed_or_not_measured():
     failed = identity(cases[1], SETTINGS) | {"failed": "MemoryError: no"}
     report = {"records": [failed, record_of("a", 2.0)], "machine": facts(), "num_threads": 2, "command": "the command"}
     text = to_markdown(report, cases, "How.")
-    assert "| a | float32 | eager | 2 (2 to 2) | 2 | 2 | 50 (50 to 50) | 9 | 1 |" in text
+    assert "| a | float32 | eager | 2 (2 to 2) | 2 | 2 | 50 (50 to 50) | 5 | 9 | 1 |" in text
     assert "failed: MemoryError: no" in text
     assert text.index("| a |") < text.index("| b |")  # in the order of the cases
     assert "CPU, not measured: a (float32 compiled, bfloat16 eager, bfloat16 compiled); b (" in text

@@ -99,7 +99,7 @@ def test_operations_of_a_run_are_those_of_its_passes(scheme, second_passes):
     first = models.transformer("SiT-B", **settings)
     second = models.transformer("SiT-S") if scheme == "autoguidance" else first
     latents, times, labels = models.transformer_inputs(2, torch.device("cpu"), torch.float32)
-    tokenizer = models.tokenizer()
+    tokenizer = SETTINGS.prepare(models.tokenizer())
     with torch.no_grad():
         passes = [count_flops(lambda model=model: model(latents, times, labels)) for model in (first, second)]
         decoding = count_flops(lambda: tokenizer.decode(latents))

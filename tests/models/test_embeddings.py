@@ -224,6 +224,17 @@ def test_kept_tables_follow_the_frequencies(change):
             assert table.dtype != former.dtype or not torch.equal(table, former)
 
 
+def test_tables_of_inference_mode_serve_other_passes_and_go_with_the_type():
+    rope = MixedRotaryEmbedding(2, 2, 8)
+    with torch.inference_mode():
+        made = rope((2, 3), 1, 0)
+    with torch.no_grad():
+        kept = rope((2, 3), 1, 0)
+    assert kept is made and not any(table.is_inference() or table.requires_grad for table in kept[0])
+    rope.double()
+    assert rope._kept is None
+
+
 def test_tables_are_not_kept_for_gradients_transforms_or_copies():
     rope = MixedRotaryEmbedding(2, 1, 8)
     with torch.no_grad():

@@ -293,6 +293,15 @@ def test_latents_are_modulated_in_place_only_where_nobody_sees_it():
         assert seen() == [True, False]
 
 
+def test_norms_that_are_taken_out_leave_the_residual_alone():
+    block, x, latent = modulated_block(), seeded_normal(2, 7, 12), seeded_normal(2, 3, 2, seed=1)
+    block.norm1 = block.norm2 = nn.Identity()
+    expected, given = block(x, latent), x.clone()
+    with torch.no_grad():
+        assert torch.equal(block(x, latent), expected)
+    assert torch.equal(x, given)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_what_a_forward_hook_keeps_does_not_change(gradients):
     block, x, kept = modulated_block(), seeded_normal(2, 7, 12), []

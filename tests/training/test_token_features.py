@@ -341,9 +341,16 @@ def test_a_teacher_of_the_hub_is_looked_for_in_its_cache_only(cached, hub, monke
     metadata = describe_cache(target, stored, name)
     with pytest.raises(ValueError, match=f"digest x, commit {repository.sha} on the Hub"):
         check(METADATA | {"alignment": alignment}, name)
-    forbid_loading(monkeypatch)
-    check(metadata, name)
+    with monkeypatch.context() as forbidden:
+        forbid_loading(forbidden)
+        check(metadata, name)
     assert len(hub.requests) == num_requests and not caplog.records
+    (stored / "model.safetensors").unlink()
+    (stored / "model-00001-of-00002.safetensors").touch()  # as after a download that did not end
+    assert find_stored_teacher(name) == stored
+    check(metadata, name)
+    assert "by its name and precision alone" in caplog.text
+    caplog.clear()
     (stored / "preprocessor_config.json").unlink()  # as after a download of the weights alone
     check(metadata, name)
     assert "by its name and precision alone" in caplog.text

@@ -139,9 +139,15 @@ class MixedRotaryEmbedding(nn.Module):
             # values, because a version does not count changes through `.data`, which moving averages make
             if kept_shape == shape and kept_freqs.dtype == freqs.dtype and torch.equal(kept_freqs, freqs):
                 return tables
-        tables = self._tables(grid, num_prefix_tokens, num_suffix_tokens)
-        self._kept = (freqs.detach().clone(), shape, tables)
+        # what a pass in inference mode makes must serve passes outside it
+        with torch.inference_mode(False), torch.no_grad():
+            tables = self._tables(grid, num_prefix_tokens, num_suffix_tokens)
+            self._kept = (freqs.detach().clone(), shape, tables)
         return tables
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "MixedRotaryEmbedding":
+        self._kept = None  # tables of another device or type would only take memory
+        return super()._apply(*args, **kwargs)
 
     def _keeps_tables(self) -> bool:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():

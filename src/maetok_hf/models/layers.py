@@ -389,14 +389,16 @@ class TransformerBlock(nn.Module):
         normed = self.norm1(hidden_states)
         if self.modulation_type == "latent":
             shift1, scale1, shift2, scale2 = self.modulation(conditioning)  # (B, L, dim) each
-            normed = modulate_latents(normed, shift1, scale1, is_private(self.norm1))
+            own = normed is not hidden_states and is_private(self.norm1)  # a norm may have been taken out
+            normed = modulate_latents(normed, shift1, scale1, in_place=own)
         attended = self.attn(normed, rotary_emb=rotary_emb, kept=kept)
         if kept is not None:
             hidden_states = hidden_states[:, kept]
         hidden_states = hidden_states + self.drop_path(self.scale1(attended))
         normed = self.norm2(hidden_states)
         if self.modulation_type == "latent" and kept is None:  # latents, which are modulated, do not leave a decoder
-            normed = modulate_latents(normed, shift2, scale2, is_private(self.norm2))
+            own = normed is not hidden_states and is_private(self.norm2)
+            normed = modulate_latents(normed, shift2, scale2, in_place=own)
         return hidden_states + self.drop_path(self.scale2(self.ff(normed)))
 
 

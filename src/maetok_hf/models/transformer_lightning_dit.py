@@ -76,9 +76,12 @@ class LightningDiTTransformer1DModel(AdaLNTransformer1DModel):
         # not a buffer, which would lose its precision when the model is cast
         device, dtype = hidden_states.device, torch.promote_types(hidden_states.dtype, torch.float32)
         sizes = self.config.sample_size, self.config.attention_head_dim
-        if torch.compiler.is_compiling():  # a constant of the graph
+        if torch.compiler.is_compiling():  # the graph makes them, or has them as constants where it is frozen
             return rotary_tables(*sizes, device, dtype)
         if (device, dtype) not in self._rotary_tables:
             with torch.inference_mode(False):  # tables of a pass without gradients also serve one with them
-                self._rotary_tables[device, dtype] = rotary_tables(*sizes, device, dtype)
+                tables = rotary_tables(*sizes, device, dtype)
+            if type(tables[0]) is not torch.Tensor:  # a fake one, of a pass that computes shapes
+                return tables
+            self._rotary_tables[device, dtype] = tables
         return self._rotary_tables[device, dtype]

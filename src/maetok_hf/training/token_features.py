@@ -207,7 +207,7 @@ def check_cached_features(
 
     The recipe's model is compared with that of the features by name and precision, and where it is on this machine (a
     folder, or in the Hub's cache) by what is in it: by its files and, only if these differ, by its weights, for which
-    it is loaded once. Where it is not, a warning says so. Nothing is asked of the Hub.
+    every process loads it once. Where it is not, a warning says so. Nothing is asked of the Hub.
 
     Args:
         metadata (`Mapping[str, Any]`): `metadata` of the [`~maetok_hf.data.LatentSource`].
@@ -217,7 +217,7 @@ def check_cached_features(
         patch_size (`int`): Side in pixels of the tokenizer's patches.
 
     Raises:
-        OSError: If the recipe's model is on this machine, but damaged.
+        OSError: If the recipe's model is a folder, but damaged.
         ValueError: If there are none, or they are of another model or precision, or of one of the same name with
             other weights or statistics of the images.
     """
@@ -241,19 +241,25 @@ def _check_same_weights(
 ) -> None:
     """Compare the recipe's model with that of the features, which has its name and precision, by what is in it."""
     name, found = recipe.alignment_model, metadata["alignment"]
-    folder = find_stored_teacher(name)
-    if folder is None:
+    folder, target = find_stored_teacher(name), None
+    if folder is not None:
+        if stored_digest(folder) == found.get("stored_digest"):
+            return
+        # Stored in another way, of another commit, or another one. The weights have to be loaded to tell: their names
+        # in the files are not those that the digest in the cache is made of.
+        try:
+            target = load_teacher("dinov2", folder, patch_size, dtype=getattr(torch, recipe.alignment_dtype))
+        except OSError:
+            if Path(name).is_dir():
+                raise
+            # a download into the Hub's cache that did not end
+    if target is None:
         logger.warning(
-            "The model %r of the recipe is neither a folder with weights nor in the Hub's cache: it was compared with "
-            "that of the features in %s by its name and precision alone, not by its weights.",
+            "The model %r of the recipe is neither a folder with weights nor whole in the Hub's cache: it was "
+            "compared with that of the features in %s by its name and precision alone, not by its weights.",
             name, description,
         )  # fmt: skip
         return
-    if stored_digest(folder) == found.get("stored_digest"):
-        return
-    # Stored in another way, of another commit, or another one. The weights have to be loaded to tell: their names in
-    # the files are not those that the digest in the cache is made of.
-    target = load_teacher("dinov2", folder, patch_size, dtype=getattr(torch, recipe.alignment_dtype))
     digest = teacher_identity(target, name)["digest"]
     if digest == found["digest"]:
         return
