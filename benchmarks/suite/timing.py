@@ -160,10 +160,10 @@ def time_work(
         calls = [(work.run, seconds)] if work.rival is None else [(work.run, seconds), (work.rival, rival_seconds)]
         for call, taken in calls if len(seconds) % 2 == 0 else reversed(calls):
             taken.append(seconds_of(call, device))
-        looks.append(rate.look())
-    around = [(before + after) / 2 for before, after in zip(looks[:-1], looks[1:], strict=True)]
+            looks.append(rate.look())  # after each, so that each comes after the same
     shares = None
     if flops is not None and work.rival is None:
+        around = [(before + after) / 2 for before, after in zip(looks[:-1], looks[1:], strict=True)]
         shares = [flops / own * product / MATMUL_FLOPS for own, product in zip(seconds, around, strict=True)]
     found = {
         "seconds": quartiles(seconds),
