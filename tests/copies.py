@@ -3,6 +3,7 @@
 When a training is tiny, most seconds of its command go to imports. Here the command is forked instead of started anew,
 and so is every Python command that it starts in turn: `accelerate launch`, torch's elastic
 agent and the scripts' processes are the real ones, with their environment, their signals and their exit statuses.
+Copies share the seed of Python's hashes; tests that compare two runs start one of them anew.
 
 What a library reads of the environment when it is imported, as `huggingface_hub` does, stays what it was.
 """
@@ -13,13 +14,17 @@ import inspect
 import json
 import os
 import pkgutil
+import random
 import runpy
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+import numpy as np
 
 from tests.testing_utils import kill_with_children
 
@@ -43,7 +48,10 @@ class Copies:
     def __exit__(self, *exception) -> None:
         if self._server is not None:
             self._server.stdin.close()
-            self._server.wait()
+            try:
+                self._server.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                kill_with_children(self._server.pid)
             self._server.stdout.close()
 
     def run(self, command: list, env: dict[str, str] | None = None, cwd=None) -> subprocess.CompletedProcess:
@@ -72,17 +80,22 @@ class Copies:
         request = {"words": words, "env": dict(os.environ if env is None else env), "cwd": str(cwd or Path.cwd())}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        answer = json.loads(self._server.stdout.readline())
+        line = self._server.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"The process that is copied has ended with status {self._server.wait()}: see its stderr."
+            )
+        answer = json.loads(line)
         return subprocess.CompletedProcess(words, answer["status"], answer["output"])
 
 
 def script_of(words: list) -> list[str] | None:
     """The words after the interpreter of a command that a copy can run."""
     words = list(map(str, words))
-    if words[0] != sys.executable:
+    if words[:1] != [sys.executable]:
         return None
-    words = words[2:] if words[1] == "-u" else words[1:]
-    return words if words[0] == "-m" or words[0].endswith(".py") else None
+    words = words[2:] if words[1:2] == ["-u"] else words[1:]
+    return words if words[:1] == ["-m"] or (words and words[0].endswith(".py")) else None
 
 
 def run_script(words: list[str]) -> None:
@@ -111,6 +124,7 @@ def end_as_a_program(work) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
+        threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -149,6 +163,8 @@ def become(words: list[str], env: dict[str, str] | None, cwd: str | None, new_se
     if env is not None:
         os.environ.clear()
         os.environ.update(env)
+    random.seed()  # or all copies would draw the same numbers where they must not draw any
+    np.random.seed()
     run_script(words)
 
 
