@@ -27,9 +27,15 @@ def spread(quartiles: dict[str, float], scale: float = 1.0) -> str:
     return f"{middle} ({low} to {high})"
 
 
+def name_cells(record: dict[str, Any]) -> list[str]:
+    """What a record is of."""
+    earlier = "" if record.get("commit") else " (earlier code)"
+    return [record["case"], record["dtype"], record["mode"] + earlier]
+
+
 def row(record: dict[str, Any]) -> list[str]:
     """Cells of a record."""
-    cells = [record["case"], record["dtype"], record["mode"]]
+    cells = name_cells(record)
     if "failed" in record:
         return [*cells, f"failed: {record['failed']}", *["" for _ in HEAD[4:]]]
     seconds, share = record["seconds"], record["share_of_matmul"]
@@ -47,7 +53,7 @@ def row(record: dict[str, Any]) -> list[str]:
 
 def rival_row(record: dict[str, Any]) -> list[str]:
     """Cells of a record with a rival."""
-    cells = [record["case"], record["dtype"], record["mode"]]
+    cells = name_cells(record)
     if "failed" in record:
         return [*cells, f"failed: {record['failed']}", "", "", ""]
     values = [spread(record[name]) for name in ("seconds", "rival_seconds", "speedup")]
@@ -118,7 +124,7 @@ def to_markdown(report: dict[str, Any], cases: Sequence[Case], method: str) -> s
     lines += [
         f"- {report['num_threads']} threads; {machine_line(report['machine'])}",
         f"- the matrix product of 2048 rows reached meanwhile, in GFLOP/s: {rates or 'not measured'}",
-        f"- commits: {', '.join(commits) or 'not known'}",
+        f"- commits: {', '.join(commits) or 'not known'}; of earlier code it was not kept",
         "- what is not measured is named under its table; `python -m benchmarks --list` names all cases",
         "",
         "```",

@@ -163,7 +163,12 @@ def record_of(name, seconds, **settings):
     share = dict.fromkeys(quartiles, 0.5)
     measured = {"images": 4, "flops": 2 * 10**9, "seconds": quartiles, "share_of_matmul": share}
     measured |= {"num_rounds": 5, "first_call_seconds": 9.0, "matmul_flops_per_second": 3e11, "peak_bytes": 10**9}
-    return identity(Case("group", name, failing), Settings("cpu", "float32", "eager")) | measured | settings
+    return (
+        identity(Case("group", name, failing), Settings("cpu", "float32", "eager"))
+        | {"commit": "abc"}
+        | measured
+        | settings
+    )
 
 
 def test_records_replace_those_of_the_same_case_and_settings():
@@ -186,13 +191,23 @@ def test_tables_say_what_was_measured_failed_or_not_measured():
         Case("group", "c", failing, devices=("cpu",)),
     ]  # fmt: skip
     failed = identity(cases[1], SETTINGS) | {"failed": "MemoryError: no"}
-    report = {"records": [failed, record_of("a", 2.0)], "machine": facts(), "num_threads": 2, "command": "the command"}
+    earlier = record_of("c", 2.0, dtype="bfloat16", commit=None)
+    report = {
+        "records": [failed, record_of("a", 2.0), earlier],
+        "machine": facts(),
+        "num_threads": 2,
+        "command": "the command",
+    }
     text = to_markdown(report, cases, "How.")
     assert "| a | float32 | eager | 2 (2 to 2) | 2 | 2 | 50 (50 to 50) | 5 | 9 | 1 |" in text
     assert "failed: MemoryError: no" in text
     assert text.index("| a |") < text.index("| b |")  # in the order of the cases
     assert "CPU, not measured: a (float32 compiled, bfloat16 eager, bfloat16 compiled); b (" in text
-    assert "; c." in text and "CUDA: not measured, 1 cases." in text
+    assert (
+        "; c (float32 eager" in text
+        and "| c | bfloat16 | eager (earlier code) |" in text
+        and "CUDA: not measured, 1 cases." in text
+    )
     assert "How." in text and "the command" in text and "cpu float32 300 to 300" in text
 
 
