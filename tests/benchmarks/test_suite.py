@@ -235,7 +235,7 @@ def test_command_measures_groups_keeps_others_and_refuses_other_machines(tmp_pat
 
     def inline(case, settings, num_threads, effort):
         with patch.object(timing, "MatmulRate", SteadyRate):
-            return identity(case, settings) | run_case(case, settings, num_threads, QUICK)
+            return identity(case, settings) | {"commit": "abc"} | run_case(case, settings, num_threads, QUICK)
 
     def command(*more):
         with patch("sys.argv", [*words, "--num_threads", str(torch.get_num_threads()), *more]):
