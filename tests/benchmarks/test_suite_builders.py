@@ -13,21 +13,15 @@ from benchmarks.suite.running import run_case
 from benchmarks.suite.timing import Effort
 from maetok_hf.training.recipes import load_recipe
 from maetok_hf.training.sit_recipe import SiTRecipe
+from tests.benchmarks.test_suite import SteadyRate
+from tests.benchmarks.test_training_cost import TEACHER, TINY
 
 
 SETTINGS = Settings("cpu", "float32", "eager")
 ONCE = Effort(min_rounds=1, max_rounds=1, seconds=0.0, warmup_seconds=0.0)
 TOKENIZER = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2}
 TRANSFORMER = {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 12}
-TEACHER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-OBJECTIVE = {
-    "auxiliary_hidden_size": 16,
-    "auxiliary_num_layers": 1,
-    "auxiliary_num_attention_heads": 1,
-    "discriminator_model": "test_vit",  # timm's
-    "discriminator_image_size": 32,
-    "perceptual_network": "squeeze",
-}
+OBJECTIVE = {name: TINY[name] for name in TINY if name not in ("model", "resolution")}
 
 
 def tiny_recipe(kind, path, overrides=None):
@@ -38,23 +32,13 @@ def tiny_recipe(kind, path, overrides=None):
     return dataclasses.replace(recipe, model=recipe.model | TOKENIZER, **OBJECTIVE)
 
 
-class SteadyRate:
-    """A matrix product that always takes a hundredth of a second."""
-
-    def __init__(self, device, dtype):
-        pass
-
-    def look(self):
-        return 0.01
-
-
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     for module in (models, training):
         monkeypatch.setattr(module, "load_recipe", tiny_recipe)
     for name in ("facebook/dinov2-large", "google/siglip-so400m-patch14-224"):
         kind = training_step.TEACHERS[name][0]
-        monkeypatch.setitem(training_step.TEACHERS, name, (kind, TEACHER))
+        monkeypatch.setitem(training_step.TEACHERS, name, (kind, TEACHER | {"patch_size": 14}))
     monkeypatch.setattr(data, "NUM_JPEGS", 4)
     monkeypatch.setattr(data, "LOADING_BATCH", 2)
     monkeypatch.setattr(data, "FEATURES", 16)
