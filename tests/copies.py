@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def run_script(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def end_as_a_program(work) -> None:
+def end_as_a_program(work) -> NoReturn:
     """Do the work and end this process as the interpreter would, but for the frames that it has from its original."""
     status = 1
     try:

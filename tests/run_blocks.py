@@ -10,6 +10,8 @@ import runpy
 import sys
 from importlib.metadata import entry_points
 
+from tests.copies import end_as_a_program
+
 
 def run_command(words: list[str]) -> None:
     """A console command, or a script behind `accelerate launch`."""
@@ -31,18 +33,7 @@ def run_in_a_copy(work) -> int:
     process = os.fork()
     if process:
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    status = 1
-    try:
-        work()
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    end_as_a_program(work)
 
 
 def main() -> None:

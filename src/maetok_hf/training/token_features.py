@@ -117,8 +117,8 @@ def find_stored_teacher(pretrained_model_name_or_path: str, revision: str | None
         revision (`str`, *optional*): Branch, tag or commit on the Hub; by default the main branch as it was last seen.
 
     Returns:
-        `Path`, *optional*: A folder with a config and weights, of a Hub repository that in the Hub's cache and with
-        the settings of its image processor; `None` if there is none.
+        `Path`, *optional*: A folder with a config and weights; for a Hub repository that of the Hub's cache, which
+        then has the settings of its image processor, too. `None` if there is none.
     """
     from huggingface_hub import snapshot_download
 
